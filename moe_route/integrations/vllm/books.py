@@ -28,7 +28,7 @@ from moe_route.integrations.vllm.options import CHANGING, PATIENCE, PREFIX, Engi
 from moe_route.integrations.vllm.plans import Prefixes
 from moe_route.integrations.vllm.returned import AskedExperts
 from moe_route.recording.metadata import config_hash_of
-from moe_route.recording.statistics import RoutingStatistics
+from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceStore, is_unnamed
 
 BETWEEN_WARNINGS = 60.0  # seconds
@@ -246,6 +246,8 @@ class Books:
         """The verb ``save``: as ``save`` does, but whatever is due, and with its errors."""
         if self._target is None:
             raise EngineNotSupportedError('moe_route: this engine saves nothing: start it with the option "save"')
+        if not self._recorded:
+            raise RecordingError("nothing is recorded, so there is nothing to save: call moe_route_record")
         return {"file": self._target.name, "tokens": self._write()}
 
     def close(self) -> None:

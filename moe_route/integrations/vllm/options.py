@@ -81,7 +81,7 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
 PREFIX = "moe_route_"
 """Of the verbs among the methods of a worker."""
 VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes", "known", "routed")
-CHANGING = ("record", "pause", "steer")
+CHANGING = ("record", "pause", "steer", "take_back")
 OFF = (
     "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
     'LLM(..., additional_config={"moe_route": {}})'
