@@ -22,7 +22,7 @@ from moe_route.base.table import data_frame
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
 from moe_route.recording.arrays import ACCUMULATED, SIZE_UNIT, broken_array, checked_array, selected_array
-from moe_route.recording.conservation import Conservation, broken_law, conservation
+from moe_route.recording.conservation import Conservation, broken_law, conservation, missing
 from moe_route.recording.metadata import config_hash_of, merge_metadata
 from moe_route.recording.store import SequenceStore
 
@@ -434,7 +434,7 @@ class RoutingStatistics:
             metrics={name: joined(f"metric.{name}") for name in first.metrics},
             sequence_scalars=joined("sequence_scalars"),
             sequence_sums={kind: joined(f"sequence.{kind}") for kind in first._sequence_sums},
-            metadata={**first.metadata, **_all_versions(parts)},
+            metadata={**first.metadata, **_of_all(parts)},
             tolerance=max(part.tolerance for part in parts),
             store=SequenceStore.join_layers(stores) if stores else None,
         )
@@ -501,8 +501,10 @@ class RoutingStatistics:
             self.store.read_from(saved)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, sequences: bool = True) -> RoutingStatistics:
+    def load(cls, path: str | os.PathLike[str], *, sequences: bool = True, partial: bool = False) -> RoutingStatistics:
         """Read a file that ``save`` wrote. Sequences are read when they are used; ``sequences=False`` omits them.
+
+        ``partial``: also read what a server wrote that knows of a gap in it, see ``verify``.
 
         Raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file, and ``RecordingError`` for
         sums that break a conservation law.
@@ -528,7 +530,7 @@ class RoutingStatistics:
                     name: tensors[_ACCUMULATED + name] for name in ACCUMULATED if _ACCUMULATED + name in tensors
                 },
             )
-        statistics.verify()
+        statistics.verify(partial=partial)
         return statistics
 
     def push_to_hub(self, repo_id: str, filename: str = "statistics.safetensors", **options: Any) -> str:
@@ -593,15 +595,17 @@ class RoutingStatistics:
         """
         return conservation(self, phase)
 
-    def verify(self) -> None:
+    def verify(self, *, partial: bool = False) -> None:
         """Check the conservation laws; raises ``RecordingError`` naming the first (group, layer) that breaks one.
 
         Counts + empty slots = slots. No sum is negative (an overflow). Probabilities add up to the number of scored
         tokens within rounding. Weight shares add up to at most one per token. ``tolerance`` is an accepted relative
-        gap, set by ``from_token_sums``.
+        gap, set by ``from_token_sums``. ``partial``: accept what ``metadata`` says is missing.
         """
         broken = broken_law(self, self._tables()) or broken_array(self.accumulated)
         if broken is None:
+            if not partial and (gap := missing(self.metadata)):
+                raise RecordingError(f"{gap}: partial=True reads what was counted all the same")
             return
         if self.metadata.get("source") == IMPORTED:
             raise RecordingError(
@@ -633,7 +637,8 @@ class RoutingStatistics:
     @property
     def _complete(self) -> bool:
         """Whether all tokens belong to finished sequences, so that their ratio is the mean length of a sequence."""
-        return not any(self.metadata.get(key) for key in ("running_sequences", "abandoned_sequences"))
+        unfinished = ("running_sequences", "abandoned_sequences", "aborted_requests")
+        return not any(self.metadata.get(key) for key in unfinished)
 
     def _sizes(self) -> list[tuple[str, int, int]]:
         """Each group's name, number of sequences, and number of tokens in the layer that counted most."""
@@ -786,7 +791,7 @@ def _check_same_run(a: RoutingStatistics, b: RoutingStatistics) -> None:
     if a.accumulated or b.accumulated:
         option = ACCUMULATED[next(iter({**a.accumulated, **b.accumulated}))].option
         raise MergeError(f"arrays of record({option}) are not joined: record without it, or all layers together")
-    for key in sorted({*a.metadata, *b.metadata} - {"versions", "backends"}):
+    for key in sorted({*a.metadata, *b.metadata} - {"versions", "backends", "unbalanced", "gaps"}):
         if a.metadata.get(key) != b.metadata.get(key):
             raise MergeError(f"the parts are of two runs (their {key} differs): join layers of the same run")
 
@@ -798,10 +803,10 @@ def _without_repeats(layers: list[str]) -> list[str]:
     return layers
 
 
-def _all_versions(parts: Sequence[RoutingStatistics]) -> dict[str, Any]:
-    """The versions on all machines, as an entry of the metadata."""
-    entries = [{"versions": part.metadata["versions"]} for part in parts if "versions" in part.metadata]
-    return reduce(merge_metadata, entries, {})
+def _of_all(parts: Sequence[RoutingStatistics]) -> dict[str, Any]:
+    """Entries of the metadata that differ between the machines of one run."""
+    names = ("versions", "unbalanced", "gaps")
+    return reduce(merge_metadata, ({n: part.metadata[n] for n in names if n in part.metadata} for part in parts), {})
 
 
 def _asked_for(array: str) -> str:

@@ -49,6 +49,13 @@ class TableSums:
         """One scalar, int64 ``[2, n, L]``."""
         return self.scalars[..., SCALARS.index(name)]
 
+    def at(self, rows: Sequence[int]) -> TableSums:
+        """The sums of these rows."""
+        chosen = TableSums(0, 0, 0, ())
+        chosen.scalars = self.scalars[:, rows]
+        chosen.metrics = {name: table[:, rows] for name, table in self.metrics.items()}
+        return chosen
+
 
 class TableSet:
     """One ``StatisticsTables`` per layer, on the device of its router."""
