@@ -27,18 +27,18 @@ def test_without_options_nothing_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"group": ["a"]}, "no option group; there are groups, plan"),
-        ({"groups": "ab"}, "list of different names"),
+        ({"group": ["a"]}, 'no key "group": did you mean "groups"'),
+        ({"groups": "ab"}, 'groups is "ab": give a list'),
         ({"groups": []}, "list of different names"),
         ({"groups": ["a", "a"]}, "list of different names"),
-        ({"groups": [1]}, "list of different names"),
+        ({"groups": [1]}, r"groups\[0\] is 1"),
         ({"plans": {"none": None}}, "are taken"),
-        ({"rows": 0}, "a number from 1"),
+        ({"rows": 0}, "a whole number from 1"),
         ({"record": "yes"}, "true or false"),
-        ({"trace": "all"}, "list of layers in order"),
+        ({"trace": "all"}, 'trace is "all": give true'),
         ({"trace": [2, 1]}, "list of layers in order"),
-        ({"trace_limit": True}, '"trace_limit" is a number from 1'),
-        ([], "options by name"),
+        ({"trace_limit": True}, "trace_limit is true"),
+        ([], "give a table"),
     ],
 )
 def test_wrong_options_are_refused(given: Any, words: str) -> None:
@@ -133,6 +133,8 @@ def test_requests_that_are_let_in(extra: Any) -> None:
         ({"moe_route_item": "x"}, "without moe_route_group"),
         ({"moe_route_group": "a", "moe_route_item": True}, "text or a whole number"),
         ({"moe_route_row": 1}, "no argument of moe_route"),
+        ({"moe_rout_plan": "soft"}, 'did you mean "moe_route_plan"'),
+        ({"Moe_Route_Group": "a"}, 'did you mean "moe_route_group"'),
     ],
 )
 def test_requests_that_are_refused(extra: dict[str, Any], words: str) -> None:
