@@ -27,8 +27,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from moe_route import __version__
 
-ENVELOPE = ("$schema", "moe_route", "schema", "format", "written_by", "needs")
-"""Keys that a file of any kind may have beside its content."""
+_OF_FORMAT, _OF_MARK = ("$schema", "format", "written_by", "needs"), ("moe_route", "schema")  # beside the content
 _LONGEST = 80  # characters of a value in a message
 _NUMBER = r"(0|-?[1-9][0-9]*)"
 _FIELD = re.compile(r"    (\w+(?:, \w+)*): (.*)")
@@ -81,16 +80,18 @@ class Kind:
         format: the newest that this version reads; raised when an older reader could misread a file. A file says its
             own by the key ``format``, and is of format 1 without it.
         needs: the first version of moe-route that reads this format.
-        marked: whether a file says what it is, by ``"moe_route": name``.
+        mark: what a file says that it is, by the key ``moe_route``: the name, unless another is given; "" for none.
     """
 
     name: str
     content: Any
     format: int = 1
     needs: str = "0.1.0"
-    marked: bool = True
+    mark: str | None = None
 
     def __post_init__(self) -> None:
+        if self.mark is None:
+            object.__setattr__(self, "mark", self.name)
         KINDS[self.name] = self
 
     def read(self, content: Any, source: str, error: type[ValueError] = FileRefusedError) -> Any:
@@ -102,7 +103,8 @@ class Kind:
         if not isinstance(content, Mapping):
             raise error(f"{source} is {_shown(content)}: give a table, with the keys of a {self.name}")
         check_format(self.name, content, source, error)
-        kept = {key: value for key, value in content.items() if key not in ENVELOPE}
+        beside = (*_OF_FORMAT, *(_OF_MARK if self.mark else ()))
+        kept = {key: value for key, value in content.items() if key not in beside}
         return read(self.content, kept, source, error)
 
     def json_schema(self) -> dict[str, Any]:
@@ -110,9 +112,10 @@ class Kind:
         schema = json_schema(self.content)
         formats = {"type": "integer", "minimum": 1, "maximum": self.format, "description": "1 if it is left out"}
         envelope: dict[str, Any] = {"$schema": {"type": "string"}, "format": formats}
-        if self.marked:
+        envelope |= {"written_by": {"type": "string"}, "needs": {"type": "string"}}
+        if self.mark:
             newest = {"type": "integer", "minimum": 1, "description": "how the file is written"}
-            envelope |= {"moe_route": {"const": self.name, "description": "what the file holds"}, "schema": newest}
+            envelope |= {"moe_route": {"const": self.mark, "description": "what the file holds"}, "schema": newest}
             schema["required"] = ["moe_route", "schema", *schema.get("required", ())]
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -218,6 +221,13 @@ def read(hint: Any, value: Any, source: str, error: type[ValueError] = FileRefus
     `at` is where the value stands in `source`, for messages. Raises `error`, as `Kind.read` does.
     """
     return _Reader(source, error).value(hint, value, at)
+
+
+def check(made: Any) -> None:
+    """Raise ``ValueError`` unless the fields of a dataclass are as annotated: for a ``__post_init__``."""
+    reader = _Reader(f"the {type(made).__name__.lower()}", ValueError)
+    for name, hint in _hints(type(made)).items():
+        reader.value(hint, getattr(made, name), name)
 
 
 @dataclass(frozen=True)
@@ -396,7 +406,7 @@ def _nearest(words: Iterable[str], known: Collection[Any]) -> str | None:
 
 
 def misspelt(given: Iterable[Any], known: Collection[str]) -> tuple[str, str] | None:
-    """A name that differs in case or one letter from a known one that is not given, and that one; None if there is none.
+    """A name that differs by case or one letter from a known one that is not given, and that one; None if none does.
 
     For tables that may have columns of others, in which a word that is merely unknown is none of our business.
     """
@@ -412,7 +422,7 @@ def _one_letter_apart(one: str, other: str) -> bool:
     """Whether two words are the same but for a letter that is changed, added, left out, or exchanged with the next."""
     if abs(len(one) - len(other)) > 1:
         return False
-    start = len(os.path.commonprefix([one, other]))
+    start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     a, b = one[start:], other[start:]
     return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[:2] == b[:2][::-1] and a[2:] == b[2:])
 

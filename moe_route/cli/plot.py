@@ -49,7 +49,7 @@ class _Sweep:
     note: str = ""
 
 
-SWEEP = Kind("answer of steer --strengths", _Sweep, marked=False)
+SWEEP = Kind("strengths-answer", _Sweep, mark="")
 
 
 def add_plot(verbs: Any) -> None:

@@ -18,8 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from moe_route.base import hub
-from moe_route.base.schema import FileMissingError, FileRefusedError, misspelt, parse_json, read
+from moe_route.base import hub, schema
+from moe_route.base.schema import FileMissingError, FileRefusedError, misspelt, parse_json
 from moe_route.data.languages import flores_code, is_language, language, spaces_words
 
 Quotes = Literal["csv", "none"]
@@ -453,7 +453,7 @@ class CorpusStream:
     def _said(self, row: Row) -> CorpusRow:
         """The columns of a row that are read."""
         given = {"text": row.fields.get(self.text), "group": row.fields.get(self.group)}
-        said: CorpusRow = read(CorpusRow, given | {"item": row.fields.get(self.item)}, row.where, CorpusError)
+        said: CorpusRow = schema.read(CorpusRow, given | {"item": row.fields.get(self.item)}, row.where, CorpusError)
         return said
 
 

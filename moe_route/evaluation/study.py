@@ -342,7 +342,7 @@ class Study:
         return tables
 
 
-STUDY = Kind("study", Study, marked=False)
+STUDY = Kind("study", Study, mark="")
 """Files of studies."""
 
 

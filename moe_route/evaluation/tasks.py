@@ -46,7 +46,7 @@ class QuestionContent:
     choices: tuple[str | int | float, ...] = ()
 
 
-QUESTION = Kind("question", QuestionContent, marked=False)
+QUESTION = Kind("question", QuestionContent, mark="")
 """Lines of a file of questions."""
 
 # language -> (before the question, after it): the native prompts of lm-eval's mgsm_native_cot (there, the Russian one

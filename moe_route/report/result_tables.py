@@ -117,9 +117,9 @@ class _SteeredLosses:
     languages: tuple[_SteeredLoss, ...]
 
 
-RESULTS = schema.Kind("results", ResultsContent, marked=False)
+RESULTS = schema.Kind("results", ResultsContent, mark="")
 """Files of tables."""
-_LOSSES = schema.Kind("answer of steer", _SteeredLosses, marked=False)
+_LOSSES = schema.Kind("steer-answer", _SteeredLosses, mark="")
 
 
 def is_results(content: Any) -> bool:

@@ -197,7 +197,7 @@ class RankContent:
     progress: Progress = field(default_factory=Progress)
 
 
-RANK = Kind("rank", RankContent, marked=False)
+RANK = Kind("rank", RankContent, mark=_STATE_KIND)
 
 
 @dataclass(frozen=True)

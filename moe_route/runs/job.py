@@ -72,7 +72,7 @@ class StepContent:
     results: Mapping[str, str]
 
 
-RUN, STEP = Kind(_KIND, RunContent), Kind("step", StepContent, marked=False)
+RUN, STEP = Kind(_KIND, RunContent), Kind("step", StepContent, mark="")
 """The files `run.json` and `step.json`."""
 
 
@@ -294,12 +294,10 @@ def _said(folder: Path) -> RunContent | None:
     """What `run.json` says; None for a folder without content."""
     others = _content(folder)
     said: RunContent | None = _read(folder / _RUN, RUN)
-    if said is None:
-        if others and not (folder / _RUN).exists():
-            raise ForeignFolderError(
-                f"{folder} holds {others[0].name}, and no run.json that says how it was made: name an empty or new "
-                "folder"
-            )
+    if said is None and others:
+        raise ForeignFolderError(
+            f"{folder} holds {others[0].name}, and no run.json that says how it was made: name an empty or new folder"
+        )
     return said
 
 
@@ -344,7 +342,7 @@ def _read(path: Path, kind: Kind) -> Any:
         return None
     try:
         content = load_json(path)
-        if kind.marked and isinstance(content, dict) and content.get("moe_route") != kind.name:
+        if kind.mark and isinstance(content, dict) and content.get("moe_route") != kind.mark:
             raise FileRefusedError(f'{path} lacks "moe_route": "{kind.name}"')
         return kind.read(content, str(path))
     except FileRefusedError as error:

@@ -44,7 +44,7 @@ class PlanContent:
     """
 
     rules: tuple[RuleContent, ...]
-    model: PlanModel = PlanModel()
+    model: PlanModel = field(default_factory=PlanModel)
     description: str = ""
     tables: Mapping[str, TableContent] = field(default_factory=dict)
     hash: str | None = None

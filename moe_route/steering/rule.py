@@ -370,14 +370,14 @@ class Rule(ABC):
                 for layer, pairs in self.experts
             }
         neutral = {"strength": 1.0, "value": None, "mode": "", "phase": None, "absent": False, "draw": None}
-        for field, value in neutral.items():
-            if getattr(self, field) != value:
-                content[field] = getattr(self, field)
+        for name, value in neutral.items():
+            if getattr(self, name) != value:
+                content[name] = getattr(self, name)
         if self.positions is not None:
             content["positions"] = [list(span) for span in self.positions]
-        for field in ("layers", "groups"):
-            if getattr(self, field) is not None:
-                content[field] = list(getattr(self, field))
+        for name in ("layers", "groups"):
+            if getattr(self, name) is not None:
+                content[name] = list(getattr(self, name))
         if self.table is not None:
             content["table"] = self.table.digest
         return content

@@ -38,7 +38,7 @@ class SelectionContent:
     threshold: float | None = None
     description: str = ""
     num_experts: Natural | tuple[Natural, ...] | None = None
-    model: PlanModel = PlanModel()
+    model: PlanModel = field(default_factory=PlanModel)
 
 
 SELECTION = Kind(_KIND, SelectionContent)

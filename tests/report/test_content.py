@@ -272,7 +272,8 @@ def test_files_of_every_kind_are_read(inputs: Inputs, tmp_path: Path) -> None:
         ("a.json", '{"tables": [{"title": "T", "columns": ["a"], "rows": [[1, 2]]}]}', "1 columns, and a row of 2"),
         (
             "a.json",
-            '{"tables": [{"title": "T", "columns": ["a"], "rows": [], "effect": {"label": "a", "value": "a", "better": "a"}}]}',
+            '{"tables": [{"title": "T", "columns": ["a"], "rows": [], '
+            '"effect": {"label": "a", "value": "a", "better": "a"}}]}',
             'better is "a": give "lower"',
         ),
         ("a.tsv", "eng_Latn\tnan\n", "score of eng_Latn is nan"),

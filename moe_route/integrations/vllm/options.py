@@ -153,7 +153,7 @@ class Options:
         return (DEFAULT_PLAN, *self.plans)
 
 
-OPTIONS = Kind("vllm options", Options, marked=False)
+OPTIONS = Kind("vllm-options", Options, mark="")
 """The options of an engine, under "moe_route" in its ``additional_config``."""
 
 
