@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from moe_route import __version__
+from moe_route.base.schema import FileRefusedError, check_format, load_json, reading, stamp
 
 try:
     import fcntl
@@ -108,10 +109,6 @@ _NOT_ALLOWED = {
 }
 
 
-class FileRefusedError(ValueError):
-    """Raised for a file that is damaged, foreign or too new; the message says what is wrong and what to do."""
-
-
 class Block(Protocol):
     """A portion of the rows of some tensors, written and read at once."""
 
@@ -141,7 +138,7 @@ class StoredBlock:
 
     def read(self) -> dict[str, np.ndarray]:
         """Name -> array ``[rows, ...]``. Raises ``FileRefusedError`` if the file is missing or has been replaced."""
-        with _reading(self.path), open(self.path, "rb") as stream:
+        with reading(self.path), open(self.path, "rb") as stream:
             tensors = {name: _read_tensor(self.path, stream, entry) for name, entry in self.entries.items()}
         if _digest(tensors, None) != self.sha256:
             raise FileRefusedError(
@@ -450,7 +447,7 @@ def write(
     reserved = [name for name in held if name.startswith(_ROWS)]
     if reserved:
         raise ValueError(f"tensor names beginning with {_ROWS!r} are those of blocks: rename {reserved[0]!r}")
-    envelope: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "library_version": __version__}
+    envelope: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "library_version": __version__, **stamp(kind)}
     envelope["header"] = _checked_header(header)
     if blocks:
         envelope["blocks"] = {"rows": [block.rows for block in blocks], "sha256": [_NO_HASH] * len(blocks)}
@@ -584,7 +581,7 @@ def read_blocks(
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[StoredBlock]]:
-    with _reading(path), open(path, "rb") as stream:
+    with reading(path), open(path, "rb") as stream:
         layout, start = _layout(path, stream)
         envelope = _envelope(path, layout, kind)
         entries = _entries(path, layout, start)
@@ -657,7 +654,7 @@ def is_json(path: str | os.PathLike[str]) -> bool:
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], kind: str) -> None:
     """Write JSON of a ``kind`` to ``path``, to read and edit, whole or not at all. It has no hash."""
-    write_text(path, f"{readable_json({_KEY: kind, 'schema': SCHEMA, **content})}\n")
+    write_text(path, f"{readable_json({_KEY: kind, 'schema': SCHEMA, **stamp(kind), **content})}\n")
 
 
 def readable_json(content: Any, indent: str = "") -> str:
@@ -687,13 +684,7 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
     Raises ``FileRefusedError`` for a missing file, one that is not JSON, another kind, or a newer schema.
     """
-    source = Path(path)
-    with _reading(source):
-        text = source.read_bytes()
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileRefusedError(f"{path} is not JSON ({error}): correct it there, or save it again") from error
+    content = load_json(path)
     if not isinstance(content, dict) or content.get(_KEY) != kind:
         raise FileRefusedError(f'{path} is not a {kind}: it lacks "{_KEY}": "{kind}"; write it with {kind}.save')
     if "schema" not in content:
@@ -702,6 +693,7 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise FileRefusedError(
             f"{path} has schema {content.get('schema')!r}, this version reads up to {SCHEMA}: upgrade moe-route"
         )
+    check_format(kind, content, os.fspath(path))
     return content
 
 
@@ -712,21 +704,8 @@ def read_header(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
     messages that name the kind of a file.
     """
     source = Path(path)
-    with _reading(source), open(source, "rb") as stream:
+    with reading(source), open(source, "rb") as stream:
         return _envelope(source, _layout(source, stream)[0], kind)
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn system errors from reading a file into ``FileRefusedError``."""
-    if path.is_dir():
-        raise FileRefusedError(f"{path} is a folder: give the name of a file in it")
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileRefusedError(f"{path} does not exist: check the name") from error
-    except OSError as error:
-        raise FileRefusedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
 
 
 def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
@@ -750,6 +729,7 @@ def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None) -> dict[s
         )
     if kind is not None and found != kind:
         raise FileRefusedError(f"{path} holds {found!r}, not {kind!r}: give a file of the right kind")
+    check_format(found, envelope, os.fspath(path), writer=envelope.get("library_version"))
     return envelope
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,12 +214,12 @@ def add_upcycle(verbs: Any) -> None:
 
 
 def run_upcycle(options: argparse.Namespace) -> Answer:
-    import json
+    from moe_route.base import schema
 
     if (options.languages is None) == (options.families is None):
         raise ValueError("give either --languages or --families")
     if options.families is not None:
-        families = json.loads(options.families.read_text("utf-8"))
+        families = schema.read(Mapping[str, str | int], schema.load_json(options.families), str(options.families))
     else:
         families = mr.data.families_of(options.languages)
     how = {

@@ -7,7 +7,6 @@ as one that was not.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from moe_route.analysis import multilingual_experts, task_experts
 from moe_route.base import files
 from moe_route.base.identity import identity_of, library_versions, tokenizer_hash, weights_hash
+from moe_route.base.schema import load_json, parse_json, read_text
 from moe_route.data import Corpus
 from moe_route.data.batches import texts_of
 from moe_route.evaluation.conditions import (
@@ -126,7 +126,7 @@ def evaluate(
             return Evaluation(out, run.stages, None)
         if not job.done:
             job.finish()
-        content = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
+        content = load_json(out / "report" / "report.json")
         return Evaluation(out, run.stages, content)
 
 
@@ -312,7 +312,7 @@ class _Run:
             ]
             write_json(path, entries)
             self.finish(stage)
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = load_json(path)
         none = ExpertSelection({})
         selected = FoundExperts(
             {entry["tau"]: ExpertSelection.from_dict(entry["task"]) for entry in entries},
@@ -358,7 +358,7 @@ class _Run:
                 )
             write_json(path, {"task": name, "scorer": scorer, "items": len(whole.items[0::2]), "points": entries})
             self.finish(stage)
-        listed = json.loads(path.read_text(encoding="utf-8"))["points"]
+        listed = load_json(path)["points"]
         steered = [entry for entry in listed if entry["setting"] is not None]
         # of equals the first, which is the study's own setting
         best = max(steered, key=lambda entry: entry["accuracy"], default=None)
@@ -426,7 +426,7 @@ class _Run:
             content = results_of(self.study, self.tasks, lines, compared, steering, general)
             write_json(path, content)
             self.finish(stage)
-        return json.loads(path.read_text(encoding="utf-8")), stage
+        return load_json(path), stage
 
     def report(self, results: Mapping[str, Any], after: Step) -> None:
         study = self.study.to_dict()
@@ -446,9 +446,9 @@ def file_name(condition: str) -> str:
 
 
 def _records(folder: Path, condition: str) -> list[dict[str, Any]]:
-    with open(folder / f"{file_name(condition)}.jsonl", encoding="utf-8") as stream:
-        next(stream)
-        return [json.loads(line) for line in stream]
+    path = folder / f"{file_name(condition)}.jsonl"
+    _, *lines = read_text(path).removesuffix("\n").split("\n")
+    return [parse_json(line, str(path)) for line in lines]
 
 
 def _check_null(folder: Path) -> None:

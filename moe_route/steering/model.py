@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from operator import index
 from typing import Any
 
 from moe_route.base.identity import UNKNOWN, same_weights
+from moe_route.base.schema import FileRefusedError
 
 _SHOWN_DIGITS = 12  # of a hash, as `describe` shows it
 
@@ -21,11 +21,20 @@ class PlanError(ValueError):
     """Raised for an invalid plan, or one that does not fit the model; the message names the fix."""
 
 
+class PlanFileError(PlanError, FileRefusedError):
+    """Raised for a file of a plan or a selection with keys, types or values that it cannot have."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlanModel:
-    """The model a plan was made for: name, hash of its configuration, experts of each MoE layer, hashes of its weights.
+    """The model that a plan was made for; what is unknown is null.
 
-    The hashes of the weights are those of `identity.checkpoint_of`; None in files of before, and for any checkpoint.
+    Attributes:
+        name: of the model.
+        config_hash: hash of its configuration.
+        num_experts: number of experts of each MoE layer.
+        router_hash: hash of its routers, as `identity.checkpoint_of` gives it; null in files of before.
+        weights_hash: hash of all its weights, likewise.
     """
 
     name: str | None = None
@@ -90,12 +99,3 @@ def _short(value: str | tuple[int, ...]) -> str:
     if isinstance(value, str):
         return repr(value)
     return str(PlanModel(num_experts=value)).removeprefix("a model (").removesuffix(")")
-
-
-def refuse_unknown(content: Mapping[str, Any], known: Collection[str], what: str) -> None:
-    """Raise ``PlanError`` for a key that ``what`` does not have, naming the nearest one that it has."""
-    for key in content:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"it has {', '.join(sorted(known))}"
-            raise PlanError(f'{what} has no key "{key}": {hint}')

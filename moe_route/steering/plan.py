@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from math import comb, prod
 from operator import index
@@ -16,20 +16,42 @@ import numpy as np
 from torch import Tensor
 
 from moe_route.base import files, hub
+from moe_route.base.schema import Kind
 from moe_route.base.table import Table
 from moe_route.steering import kinds
 from moe_route.steering.compile import CompiledPlan, HasExperts, compile_rules
 from moe_route.steering.explain import PlanDifference, PlanExplanation, compare, explain
-from moe_route.steering.model import CHECKPOINT, PlanError, PlanModel, refuse_unknown
-from moe_route.steering.rule import Experts, Rule, as_groups, as_phase, as_positions, rule_from_dict
+from moe_route.steering.model import PlanError, PlanFileError, PlanModel
+from moe_route.steering.rule import Experts, Rule, RuleContent, as_groups, as_phase, as_positions, rule_of
 from moe_route.steering.selection import ExpertSelection, random_permutation
-from moe_route.steering.tables import RecordedChoices, ReplayTable, ScoreTable, SequenceTable, table_of
+from moe_route.steering.tables import RecordedChoices, ReplayTable, ScoreTable, SequenceTable, TableContent, table_of
 
 _KIND = "plan"
-_KEYS = ("rules", "model", "description", "tables", "hash")  # of a file
-_ENVELOPE = ("moe_route", "schema")  # what every JSON file has beside
 _SHOWN, _SHOWN_IN_HTML = 8, 50  # number of rules that repr and notebooks list
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanContent:
+    """A plan: rules that steer the experts of a model.
+
+    Attributes:
+        rules: what is done, in any order.
+        model: the model that the plan is for; without it, any model.
+        description: where the plan comes from.
+        tables: values per token that rules name; a name is the hash of its table.
+        hash: hash of the rules and the model when the plan was saved; the log tells if they were edited since.
+    """
+
+    rules: tuple[RuleContent, ...]
+    model: PlanModel = field(default_factory=PlanModel)
+    description: str = ""
+    tables: Mapping[str, TableContent] = field(default_factory=dict)
+    hash: str | None = None
+
+
+PLAN = Kind(_KIND, PlanContent)
+"""Files of plans."""
 
 
 class Plan:
@@ -574,18 +596,22 @@ class Plan:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
         """Rebuild a plan from ``to_dict``; raises ``PlanError`` for anything else."""
+        return cls._of_content(content, "the plan", PlanError)
+
+    @classmethod
+    def _of_content(cls, content: Any, source: str, error: type[PlanError]) -> Plan:
+        said = PLAN.read(content, source, error)
         try:
-            given = list(content["rules"])
-            refuse_unknown(content, _KEYS, "a plan")
-            refuse_unknown(content.get("model", {}), (*PlanModel().to_dict(), *CHECKPOINT), "the model of a plan")
-            headers = content.get("tables", {})
-            tables = {name: table_of(header) for name, header in headers.items()}
-            rules = [rule_from_dict(rule, tables) for rule in given]
-            return cls(rules, model=PlanModel(**content.get("model", {})), description=content.get("description", ""))
-        except PlanError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise PlanError(f"this is not a plan ({error!r}): pass what Plan.to_dict gave") from error
+            tables = {name: table_of(table) for name, table in said.tables.items()}
+        except PlanError as problem:
+            raise error(f"{source}: {problem}") from problem
+        rules = []
+        for number, (given, rule) in enumerate(zip(content["rules"], said.rules, strict=True)):
+            try:
+                rules.append(rule_of(given, rule, tables))
+            except PlanError as problem:
+                raise error(f"{source}: rules[{number}]: {problem}") from problem
+        return cls(rules, model=said.model, description=said.description)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to ``path``, whole or not at all.
@@ -605,22 +631,19 @@ class Plan:
         """Read a file that ``save`` wrote; its name tells the format.
 
         JSON that was edited is accepted, and the log reports it. Raises ``files.FileRefusedError`` for a file that is
-        not a plan, and ``PlanError`` for JSON with invalid rules.
+        not a plan, and ``PlanFileError``, which is also a ``PlanError``, for one with keys or values that no plan has.
         """
         if files.is_json(path):
             return cls._load_json(path)
         tensors, header = files.read(path, _KIND)
         headers = header.get("tables", {})
         tables = {name: {**table, table.get("field", "ids"): tensors[name]} for name, table in headers.items()}
-        return cls.from_dict({**header, "tables": tables})
+        return cls._of_content({**header, "tables": tables}, os.fspath(path), PlanFileError)
 
     @classmethod
     def _load_json(cls, path: str | os.PathLike[str]) -> Plan:
         content = files.read_json(path, _KIND)
-        try:
-            plan = cls.from_dict({name: value for name, value in content.items() if name not in _ENVELOPE})
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+        plan = cls._of_content(content, os.fspath(path), PlanFileError)
         if content.get("hash") != plan.hash:
             _log.warning("%s was edited since it was saved: its hash is now %s", path, plan.hash)
         return plan

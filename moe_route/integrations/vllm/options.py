@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from moe_route.base.schema import FileRefusedError, Kind, Natural, Range, meant, misspelt
 
 OLDEST, BEFORE = (0, 30), (0, 33)
 
@@ -163,11 +164,11 @@ class Options:
     plans: Mapping[str, str | None] = field(default_factory=dict)
     record: bool = False
     sequences: bool = False
-    trace: bool | tuple[int, ...] = False
-    trace_limit: int = 1_000_000
+    trace: bool | tuple[Natural, ...] = False
+    trace_limit: Annotated[int, Range(1)] = 1_000_000
     count_cached: bool = True
     routed_experts: bool = False
-    rows: int = 16
+    rows: Annotated[int, Range(1)] = 16
     any_version: bool = False
     save: str | None = None
     every: float = 60.0
@@ -183,53 +184,26 @@ class Options:
         given = additional_config.get("moe_route") if isinstance(additional_config, Mapping) else None
         if given is None:
             return None
-        if not isinstance(given, Mapping):
-            raise EngineNotSupportedError(f"moe_route takes options by name, {{...}}, not {given!r}")
-        known = [entry.name for entry in fields(cls)]
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise EngineNotSupportedError(f"moe_route: no option {', '.join(unknown)}; there are {', '.join(known)}")
-        trace = given.get("trace", False)
-        options = cls(
-            **{
-                **given,
-                "groups": tuple(given.get("groups", (DEFAULT_GROUP,))),
-                "trace": tuple(trace) if isinstance(trace, (list, tuple)) else trace,
-                "metrics_groups": _listed(given.get("metrics_groups", ())),
-            }
-        )
-        options.check(given.get("groups"))
+        try:
+            options: Options = OPTIONS.read(given, "moe_route")
+        except FileRefusedError as error:
+            raise EngineNotSupportedError(str(error)) from error
         return options
 
-    def check(self, groups: Any) -> None:
-        """Raise ``EngineNotSupportedError`` for values that cannot be; ``groups``: as they were given."""
+    def __post_init__(self) -> None:
         names = self.groups
-        if isinstance(groups, str) or not names or len(set(names)) != len(names) or not _all_text(names):
-            raise EngineNotSupportedError('moe_route: "groups" is a list of different names')
-        if not isinstance(self.plans, Mapping) or {UNSTEERED, DEFAULT_PLAN} & set(self.plans):
-            raise EngineNotSupportedError(
-                f'moe_route: "plans" maps names to files; "{DEFAULT_PLAN}" and "{UNSTEERED}" are taken'
-            )
-        for name in ("rows", "trace_limit"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise EngineNotSupportedError(f'moe_route: "{name}" is a number from 1, not {number!r}')
-        if not isinstance(self.trace, bool) and not (
-            isinstance(self.trace, tuple) and list(self.trace) == sorted({n for n in self.trace if type(n) is int})
-        ):
-            raise EngineNotSupportedError('moe_route: "trace" is true, false, or a list of layers in order')
-        named = self.metrics_groups
-        if not isinstance(named, tuple) or not set(named) <= set(names) or len(named) > _MOST_METRICS_GROUPS:
-            raise EngineNotSupportedError(
-                f'moe_route: "metrics_groups" is a list of at most {_MOST_METRICS_GROUPS} of the groups, not {named!r}'
-            )
-        if self.save is not None and (not isinstance(self.save, str) or not self.save):
-            raise EngineNotSupportedError(f'moe_route: "save" is the path of a file, not {self.save!r}')
-        if isinstance(self.every, bool) or not isinstance(self.every, (int, float)) or not 0 < self.every < math.inf:
-            raise EngineNotSupportedError(f'moe_route: "every" is a number of seconds above 0, not {self.every!r}')
-        for name in ("record", "sequences", "count_cached", "routed_experts", "any_version", "admin"):
-            if not isinstance(getattr(self, name), bool):
-                raise EngineNotSupportedError(f'moe_route: "{name}" is true or false')
+        if not names or len(set(names)) != len(names):
+            raise ValueError('"groups" is a list of different names')
+        if {UNSTEERED, DEFAULT_PLAN} & set(self.plans):
+            raise ValueError(f'"plans" maps names to files; "{DEFAULT_PLAN}" and "{UNSTEERED}" are taken')
+        if isinstance(self.trace, tuple) and list(self.trace) != sorted(set(self.trace)):
+            raise ValueError('"trace" is true, false, or a list of layers in order')
+        if not set(self.metrics_groups) <= set(names) or len(self.metrics_groups) > _MOST_METRICS_GROUPS:
+            raise ValueError(f'"metrics_groups" is a list of at most {_MOST_METRICS_GROUPS} of the groups')
+        if self.save == "":
+            raise ValueError('"save" is the path of a file')
+        if self.every <= 0:
+            raise ValueError('"every" is a number of seconds above 0')
 
     @property
     def plan_names(self) -> tuple[str, ...]:
@@ -237,21 +211,18 @@ class Options:
         return (DEFAULT_PLAN, *self.plans)
 
 
-def _listed(names: Any) -> Any:
-    return tuple(names) if isinstance(names, (list, tuple)) and _all_text(tuple(names)) else names
-
-
-def _all_text(names: tuple[Any, ...]) -> bool:
-    return all(isinstance(name, str) for name in names)
+OPTIONS = Kind("vllm-options", Options, mark="")
+"""The options of an engine, under "moe_route" in its ``additional_config``."""
 
 
 def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str | None:
     """What is wrong with the arguments of a request, or None. A request that was let in cannot raise later."""
     given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith("moe_route_")}
     known = (GROUP, ITEM, PLAN, WANTED, START)
-    unknown = sorted(set(given) - {*known})
+    near = misspelt(sorted(map(str, extra_args or {})), known)
+    unknown = sorted(set(given) - {*known}) or ([near[0]] if near else [])
     if unknown:
-        return f"{unknown[0]} is no argument of moe_route; there are {', '.join(known)}"
+        return f"{unknown[0]} is no argument of moe_route: {meant(unknown[0], known)}"
     group, item, plan = (given.get(key) for key in (GROUP, ITEM, PLAN))
     if group is not None and group not in options.groups:
         return f"{GROUP}={group!r} is none of the groups of this engine: {', '.join(options.groups)}"

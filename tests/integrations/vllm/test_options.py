@@ -27,24 +27,24 @@ def test_without_options_nothing_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"group": ["a"]}, "no option group; there are groups, plan"),
-        ({"groups": "ab"}, "list of different names"),
+        ({"group": ["a"]}, 'no key "group": did you mean "groups"'),
+        ({"groups": "ab"}, 'groups is "ab": give a list'),
         ({"groups": []}, "list of different names"),
         ({"groups": ["a", "a"]}, "list of different names"),
-        ({"groups": [1]}, "list of different names"),
+        ({"groups": [1]}, r"groups\[0\] is 1"),
         ({"plans": {"none": None}}, "are taken"),
-        ({"rows": 0}, "a number from 1"),
+        ({"rows": 0}, "a whole number from 1"),
         ({"record": "yes"}, "true or false"),
-        ({"trace": "all"}, "list of layers in order"),
+        ({"trace": "all"}, 'trace is "all": give true'),
         ({"trace": [2, 1]}, "list of layers in order"),
-        ({"trace_limit": True}, '"trace_limit" is a number from 1'),
+        ({"trace_limit": True}, "trace_limit is true"),
         ({"metrics_groups": ["a"]}, "at most 8 of the groups"),
         ({"groups": list("abcdefghi"), "metrics_groups": list("abcdefghi")}, "at most 8 of the groups"),
-        ({"save": True}, '"save" is the path'),
+        ({"save": True}, "save is true"),
         ({"every": 0}, "seconds above 0"),
-        ({"every": float("nan")}, "seconds above 0"),
+        ({"every": float("nan")}, "every is NaN"),
         ({"admin": "yes"}, "true or false"),
-        ([], "options by name"),
+        ([], "give a table"),
     ],
 )
 def test_wrong_options_are_refused(given: Any, words: str) -> None:
@@ -143,6 +143,8 @@ def test_requests_that_are_let_in(extra: Any) -> None:
         ({"moe_route_experts": True}, "none of ids, float32, float16"),
         ({"moe_route_from": 3}, "beside moe_route_experts"),
         ({"moe_route_experts": "ids", "moe_route_from": -1}, "tokens from 0"),
+        ({"moe_rout_plan": "soft"}, 'did you mean "moe_route_plan"'),
+        ({"Moe_Route_Group": "a"}, 'did you mean "moe_route_group"'),
     ],
 )
 def test_requests_that_are_refused(extra: dict[str, Any], words: str) -> None:
