@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 
 from moe_route import __version__
+from moe_route.base.budget import Budget, FileRefusedError, extent
 
 try:
     import fcntl
@@ -106,10 +108,6 @@ _NOT_ALLOWED = {
     errno.ENOENT: "choose a folder in which files can be made",  # the folder is there: /proc, or removed since
     errno.ENAMETOOLONG: "choose a shorter name",
 }
-
-
-class FileRefusedError(ValueError):
-    """Raised for a file that is damaged, foreign or too new; the message says what is wrong and what to do."""
 
 
 class Block(Protocol):
@@ -331,6 +329,8 @@ def _target(path: str | os.PathLike[str]) -> Path:
         os.stat(target)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{target} is a folder: give the name of a file in it")
+    if target.exists() and not target.is_file():  # a rename would put a file in the place of /dev/null
+        raise OSError(errno.EINVAL, f"{target} is a device or a pipe: give the name of a file")
     if not target.parent.is_dir():
         raise FileNotFoundError(
             errno.ENOENT,
@@ -584,10 +584,10 @@ def read_blocks(
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[StoredBlock]]:
-    with _reading(path), open(path, "rb") as stream:
-        layout, start = _layout(path, stream)
-        envelope = _envelope(path, layout, kind)
-        entries = _entries(path, layout, start)
+    with _reading(path) as budget, open(path, "rb") as stream:
+        layout, start = _layout(path, stream, budget)
+        envelope = _envelope(path, layout, kind, budget)
+        entries = _entries(path, layout, start, budget)
         tensors = {
             name: _read_tensor(path, stream, entry) for name, entry in entries.items() if not name.startswith(_ROWS)
         }
@@ -605,6 +605,8 @@ def _blocks(path: Path, entries: Mapping[str, _Entry], said: Mapping[str, Any] |
     rows = {name.removeprefix(_ROWS): entry for name, entry in entries.items() if name.startswith(_ROWS)}
     blocks, first = [], 0
     for count, sha256 in zip(said["rows"], said["sha256"], strict=True) if said else ():
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"a block has {count!r} rows")
         of_block = {name: entry.part(first, count) for name, entry in rows.items()}
         blocks.append(StoredBlock(Path(os.path.abspath(path)), count, sha256, of_block))
         first += count
@@ -688,11 +690,13 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     Raises ``FileRefusedError`` for a missing file, one that is not JSON, another kind, or a newer schema.
     """
     source = Path(path)
-    with _reading(source):
+    with _reading(source) as budget:
         text = source.read_bytes()
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = budget.json(text)
+    except FileRefusedError:
+        raise
+    except ValueError as error:
         raise FileRefusedError(f"{path} is not JSON ({error}): correct it there, or save it again") from error
     if not isinstance(content, dict) or content.get(_KEY) != kind:
         raise FileRefusedError(f'{path} is not a {kind}: it lacks "{_KEY}": "{kind}"; write it with {kind}.save')
@@ -712,30 +716,32 @@ def read_header(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
     messages that name the kind of a file.
     """
     source = Path(path)
-    with _reading(source), open(source, "rb") as stream:
-        return _envelope(source, _layout(source, stream)[0], kind)
+    with _reading(source) as budget, open(source, "rb") as stream:
+        return _envelope(source, _layout(source, stream, budget)[0], kind, budget)
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn system errors from reading a file into ``FileRefusedError``."""
-    if path.is_dir():
-        raise FileRefusedError(f"{path} is a folder: give the name of a file in it")
+def _reading(path: Path) -> Iterator[Budget]:
+    """What reading a file may cost; turns system errors in the block into ``FileRefusedError``."""
     try:
-        yield
+        if path.is_dir():
+            raise FileRefusedError(f"{path} is a folder: give the name of a file in it")
+        yield Budget(path)
     except FileNotFoundError as error:
         raise FileRefusedError(f"{path} does not exist: check the name") from error
     except OSError as error:
         raise FileRefusedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
 
 
-def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None, budget: Budget) -> dict[str, Any]:
     """The checked metadata of a file; refuses everything that is not a file of ``kind``."""
     try:
-        envelope: dict[str, Any] = json.loads(layout.get("__metadata__", {})[_KEY])
-        canonical_json(envelope)  # nesting that can be parsed may still be too deep to serialize
+        envelope: dict[str, Any] = budget.json(layout.get("__metadata__", {})[_KEY])
+        canonical_json(envelope)  # without NaN, which no hash is made of
         schema, found, header = envelope["schema"], envelope["kind"], envelope["header"]
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except FileRefusedError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FileRefusedError(
             f"{path} is a safetensors file, but not one that moe-route wrote: give a moe-route file"
         ) from error
@@ -753,7 +759,7 @@ def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None) -> dict[s
     return envelope
 
 
-def _layout(path: Path, stream: IO[bytes]) -> tuple[dict[str, Any], int]:
+def _layout(path: Path, stream: IO[bytes], budget: Budget) -> tuple[dict[str, Any], int]:
     """The safetensors header, and the position of the data; checks the file's length against the header."""
     size = os.fstat(stream.fileno()).st_size
     if not size:
@@ -769,10 +775,12 @@ def _layout(path: Path, stream: IO[bytes]) -> tuple[dict[str, Any], int]:
     if start - _LENGTH_BYTES > _LONGEST_HEADER:
         raise FileRefusedError(f"{path} is not a moe-route file (its header is too long): give a moe-route file")
     try:
-        layout: dict[str, Any] = json.loads(head[_LENGTH_BYTES:] + stream.read(start - len(head)))
+        layout: dict[str, Any] = budget.json(head[_LENGTH_BYTES:] + stream.read(start - len(head)))
         end = max((entry["data_offsets"][1] for key, entry in layout.items() if key != "__metadata__"), default=0)
         missing = start + end - size
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except FileRefusedError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise FileRefusedError(
             f"{path} is damaged (its header is not valid): restore it from a copy or make it again"
         ) from error
@@ -785,9 +793,10 @@ def _layout(path: Path, stream: IO[bytes]) -> tuple[dict[str, Any], int]:
     return layout, start
 
 
-def _entries(path: Path, layout: Mapping[str, Any], start: int) -> dict[str, _Entry]:
-    """The positions of the tensors of a file."""
-    entries = {}
+def _entries(path: Path, layout: Mapping[str, Any], start: int, budget: Budget) -> dict[str, _Entry]:
+    """The positions of the tensors of a file, which share no byte."""
+    entries: dict[str, _Entry] = {}
+    places = []
     try:
         for name, said in layout.items():
             if name == "__metadata__":
@@ -795,8 +804,15 @@ def _entries(path: Path, layout: Mapping[str, Any], start: int) -> dict[str, _En
             first, last = said["data_offsets"]
             shape = tuple(said["shape"])
             entries[name] = entry = _Entry(_DTYPES[said["dtype"]], shape, start + first)
+            budget.enter(len(shape))
             if not all(isinstance(n, int) and n >= 0 for n in (first, last, *shape)) or entry.nbytes != last - first:
                 raise ValueError(name)
+            budget.spend(extent(shape))
+            places.append((first, last))
+        if any(first < last for (_, last), (first, _) in itertools.pairwise(sorted(places))):
+            raise ValueError("tensors share their bytes")
+    except FileRefusedError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise FileRefusedError(
             f"{path} is damaged (its header is not valid): restore it from a copy or make it again"

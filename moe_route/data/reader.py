@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moe_route.base import hub
+from moe_route.base.budget import Budget, FileRefusedError
 from moe_route.data.languages import flores_code, is_language, language, spaces_words
 
 Quotes = Literal["csv", "none"]
@@ -42,7 +43,7 @@ _UNSPACED_LETTERS = 8
 _LONGEST_NAME = 40
 
 
-class CorpusError(ValueError):
+class CorpusError(FileRefusedError):
     """Raised for a corpus that cannot be read; the message says where the problem is and what to do."""
 
 
@@ -540,7 +541,7 @@ def _fits_file(layout: Layout, path: Path) -> bool:
     with path.open("rb") as stream:
         line = stream.readline()
     try:
-        first = json.loads(line)
+        first = Budget(path).json(line)
     except ValueError:
         return False  # read as any other file, with its errors
     return isinstance(first, dict) and _fits(layout, first)
@@ -785,12 +786,13 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, float]]:
 
 def json_rows(path: str | Path) -> Iterator[Row]:
     """The objects of a file of JSON lines. Raises `CorpusError` naming the line that is none."""
+    budget = Budget(path)
     for number, (line, read) in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            fields = json.loads(line)
+            fields = budget.json(line)
         except json.JSONDecodeError as error:
             raise CorpusError(f"{where} is not JSON ({error.msg}): write an object per line") from error
         if not isinstance(fields, dict):
@@ -804,8 +806,11 @@ def _parquet(path: Path) -> Iterator[Row]:
     except ImportError as error:
         raise ImportError("reading Parquet needs pyarrow: pip install 'moe-route[analysis]'") from error
     with parquet.ParquetFile(path) as file:
+        budget, size = Budget(path), path.stat().st_size
         number, total = 0, max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            budget.unpack(size, batch.nbytes)
+            budget.spend(batch.num_rows * batch.num_columns)
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(fields, f"{path}, row {number}", number / total)
