@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from moe_route.analysis.measures import ratio
+from moe_route.base.budget import json_of
 from moe_route.recording import SentenceVectors
 from moe_route.steering import ExpertSelection, PlanModel
 
@@ -261,7 +261,7 @@ def read_scores(path: Path) -> dict[str, float]:
     """
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        content = json.loads(text)
+        content = json_of(path)
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} must be a JSON object: {{group: score}}")
         return _finite({str(group): float(score) for group, score in content.items()}, path)

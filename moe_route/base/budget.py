@@ -56,15 +56,17 @@ class Budget:
     count unpacked, which may be 64 MiB and 256 times the packed ones. `raised` raises all of it.
 
     Args:
-        path: the file, which must be a regular one: others have no size, and may not end.
+        path: the file, which must be a regular one: others have no size, and may not end. Or a folder of such files.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise FileRefusedError(f"{path} is not a regular file: save what it gives to a file, and give that")
-        self._times, self._bytes = _times.get(), status.st_size
+        within = list(self.path.iterdir()) if self.path.is_dir() else [self.path]
+        status = [(one, one.stat()) for one in within if one == self.path or not one.is_dir()]
+        for one, its in status:
+            if not stat.S_ISREG(its.st_mode):
+                raise FileRefusedError(f"{one} is not a regular file: save what it gives to a file, and give that")
+        self._times, self._bytes = _times.get(), sum(its.st_size for _, its in status)
         self._unpacked, self._spent, self._last = 0, 0, time.monotonic()
 
     @property
@@ -126,3 +128,17 @@ class Budget:
 def extent(shape: Sequence[int]) -> int:
     """The numbers of an array; an axis of length 0 counts as 1, because the others may still be walked."""
     return math.prod(max(int(length), 1) for length in shape)
+
+
+def json_of(path: str | os.PathLike[str]) -> Any:
+    """The content of a JSON file. Raises `FileRefusedError` for one that is missing, is not JSON or costs too much."""
+    try:
+        return Budget(path).json(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise FileRefusedError(f"{path} does not exist: check the name") from error
+    except OSError as error:
+        raise FileRefusedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except FileRefusedError:
+        raise
+    except ValueError as error:
+        raise FileRefusedError(f"{path} is not JSON ({error}): correct it there, or save it again") from error

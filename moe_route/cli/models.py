@@ -213,14 +213,11 @@ def add_upcycle(verbs: Any) -> None:
 
 
 def run_upcycle(options: argparse.Namespace) -> Answer:
-    import json
+    from moe_route.base.budget import json_of
 
     if (options.languages is None) == (options.families is None):
         raise ValueError("give either --languages or --families")
-    if options.families is not None:
-        families = json.loads(options.families.read_text("utf-8"))
-    else:
-        families = mr.data.families_of(options.languages)
+    families = mr.data.families_of(options.languages) if options.families is None else json_of(options.families)
     how = {
         name: getattr(options, name) for name in ("layers", "top_k", "renormalize", "fixed_by_label", "noise", "seed")
     }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import moe_route as mr
+from moe_route.base.budget import json_of
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import merged_statistics, output, sentences
 from moe_route.cli.options import Parser, add, command, existing, out_argument
@@ -225,7 +225,7 @@ def _read_sweep(paths: list[Path]) -> Any:
     if len(paths) > 1:
         raise ValueError("give one file: changes of different runs cannot be added up")
     try:
-        found = json.loads(paths[0].read_text(encoding="utf-8"))
+        found = json_of(paths[0])
         change = tuple(
             tuple(
                 mr.analysis.Difference(

@@ -14,7 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -84,7 +84,10 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]
     nested shared tuples may take forever, so the budget is asked before.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    stack: list[Any]
 
     def __init__(self, stream: io.BytesIO, budget: Budget) -> None:
         super().__init__(stream)
@@ -121,6 +124,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]
     def _frozenset(self) -> None:
         self.append(_named("builtins.frozenset")(self.pop_mark()))
 
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # which makes no buffer before it reads
     dispatch[pickle.EMPTY_DICT[0]] = _empty_dict
     dispatch[pickle.DICT[0]] = _dict
     dispatch[pickle.EMPTY_SET[0]] = _empty_set
@@ -128,13 +132,13 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]
     dispatch[pickle.FROZENSET[0]] = _frozenset
 
 
-_Storage = Callable[[Any], "torch.Tensor"]
+_Storage = Callable[[Any], Any]
 
 
 def _content(stream: io.BytesIO, budget: Budget, storage: _Storage | None = None) -> Any:
     """What the next pickle holds, built; raises `FileRefusedError` for anything that is not whole or not plain.
 
-    ``storage`` gives the tensor of one axis for what the pickle refers to.
+    ``storage`` gives what stands for a storage that the pickle refers to: a tensor of one axis.
     """
     try:
         built, _ = _Building(budget, storage).plain(_Reader(stream, budget).load(), 0)
@@ -181,7 +185,8 @@ def read_archive(path: Path, archive: zipfile.ZipFile, budget: Budget) -> Any:
         with archive.open(member), open(path, "rb") as stream:  # the first checks that the member is there
             stream.seek(member.header_offset + _ZIP_LENGTHS)
             start = member.header_offset + _ZIP_HEAD + sum(struct.unpack("<HH", stream.read(4)))  # of name and extra
-        return torch.from_numpy(np.memmap(path, np.uint8, "c", start, (size,))).view(dtype)
+        mapped = np.memmap(path, np.uint8, "c", start, (size,))
+        return torch.from_numpy(np.array(mapped) if start % dtype.itemsize else mapped).view(dtype)
 
     return _content(io.BytesIO(read(members["data.pkl"])), budget, storage)
 

@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Source:
     path: Path
     form: str
     content: Any
-    budget: Budget | None = None  # None for a folder, whose files have their own
+    budget: Budget
 
     @property
     def name(self) -> str:
@@ -63,7 +63,7 @@ class Source:
 
     def array(self, value: Any) -> np.ndarray:
         """Numbers of an array, a tensor (bfloat16 as float32) or nested lists; ``ValueError`` for anything else."""
-        self.room(_numbers_in(value, self.budget, {}, 0))
+        self.room(_numbers_in(value, self.budget, 0))
         try:
             array = np.asarray(value)
         except ValueError as error:
@@ -74,16 +74,14 @@ class Source:
 
     def room(self, *shape: int) -> tuple[int, ...]:
         """The shape of a table that is made next, drawn from the budget: numbers in a file say how large it is."""
-        if self.budget is not None:
-            self.budget.spend(extent(shape))
+        self.budget.spend(extent(shape))
         return shape
 
 
-def _numbers_in(value: Any, budget: Budget | None, known: dict[int, int], depth: int) -> int:
-    """How many numbers an array, or nested lists, would hold; ``known`` are the lists seen before, by their ids.
+def _numbers_in(value: Any, budget: Budget, depth: int) -> int:
+    """How many numbers an array, or nested lists, would hold.
 
-    A list that stands in several places counts in each. ``ValueError`` for text, of which an array gives all the width
-    of the longest.
+    ``ValueError`` for text, all of which would take the width of the longest.
     """
     if isinstance(value, np.ndarray):
         return extent(value.shape)
@@ -91,11 +89,8 @@ def _numbers_in(value: Any, budget: Budget | None, known: dict[int, int], depth:
         raise ValueError("it holds text, not numbers")
     if not isinstance(value, (list, tuple)):
         return 1
-    if budget is not None:
-        budget.enter(depth)
-    if id(value) not in known:
-        known[id(value)] = sum(_numbers_in(item, budget, known, depth + 1) for item in value)
-    return known[id(value)]
+    budget.enter(depth)
+    return sum(_numbers_in(item, budget, depth + 1) for item in value)
 
 
 class _Arrays(Mapping[str, np.ndarray]):
@@ -144,9 +139,9 @@ def open_source(path: str | Path) -> Source:
     """Open a file or a folder. Raises ``FileRefusedError`` for a missing, empty, truncated or unknown one."""
     path = Path(path)
     try:
-        if path.is_dir():
-            return Source(path, "folder", None)
         budget = Budget(path)
+        if path.is_dir():
+            return Source(path, "folder", None, budget)
         with open(path, "rb") as stream:
             head = stream.read(64)
     except FileNotFoundError as error:
@@ -204,23 +199,24 @@ def _mapped(path: Path, budget: Budget) -> np.ndarray:
     """The array of a ``.npy`` file, mapped."""
     with _whole(path):
         with open(path, "rb") as stream:
-            shape, fortran, dtype = _npy_head(stream)
+            shape, order, dtype = _npy_head(stream)
             start = stream.tell()
         budget.spend(extent(shape))
-        return np.empty(shape, dtype) if 0 in shape else np.memmap(path, dtype, "r", start, shape, "CF"[fortran])
+        return np.empty(shape, dtype) if 0 in shape else np.memmap(path, dtype, "r", start, shape, order)
 
 
 def npy(content: bytes, budget: Budget) -> np.ndarray:
-    """The array in the bytes of a ``.npy`` file, not writable; ``ValueError`` for bytes that are none."""
+    """The array in the bytes of a ``.npy`` file, not writable; ``FileRefusedError`` for bytes that are none."""
     stream = io.BytesIO(content)
-    shape, fortran, dtype = _npy_head(stream)
-    budget.spend(extent(shape))
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    return np.frombuffer(content, dtype, math.prod(shape), stream.tell()).reshape(shape, order="CF"[fortran])
+    with _whole(budget.path):
+        shape, order, dtype = _npy_head(stream)
+        budget.spend(extent(shape))
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        return np.frombuffer(content, dtype, math.prod(shape), stream.tell()).reshape(shape, order=order)
 
 
-def _npy_head(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _npy_head(stream: IO[bytes]) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype[Any]]:
     """Shape, order and dtype that a ``.npy`` file states."""
     version = np.lib.format.read_magic(stream)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -229,7 +225,7 @@ def _npy_head(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     shape, fortran, dtype = read[version](stream)
     if dtype.hasobject or not dtype.itemsize or any(n < 0 for n in shape):
         raise ValueError(f"an array of {'Python objects' if dtype.hasobject else dtype} {list(shape)}")
-    return shape, fortran, dtype
+    return shape, "F" if fortran else "C", dtype
 
 
 def _zip(path: Path, budget: Budget) -> Source:

@@ -8,7 +8,6 @@ with the option that tells it.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -793,8 +792,10 @@ def json_rows(path: str | Path) -> Iterator[Row]:
         where = f"{path}, line {number}"
         try:
             fields = budget.json(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{where} is not JSON ({error.msg}): write an object per line") from error
+        except FileRefusedError:
+            raise
+        except ValueError as error:
+            raise CorpusError(f"{where} is not JSON ({error}): write an object per line") from error
         if not isinstance(fields, dict):
             raise CorpusError(f"{where} is not an object: write an object per line")
         yield Row(fields, where, read)

@@ -275,6 +275,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parsed(text: str, place: str) -> Any:
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise CorpusError(f"{place} is nested too deeply: correct it") from error
     except json.JSONDecodeError as error:
         raise CorpusError(f"{place} is no JSON ({error.msg}): correct it") from error
 

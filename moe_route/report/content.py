@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -20,6 +19,7 @@ from moe_route.analysis import Divergence
 from moe_route.analysis.inputs import read_scores
 from moe_route.analysis.result import plain
 from moe_route.base import files
+from moe_route.base.budget import json_of
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.recording.metadata import config_hash_of
 from moe_route.report.page import packed_numbers, rounded
@@ -126,10 +126,7 @@ def _read(path: Path) -> tuple[str, Any]:
             raise ValueError(f"{path} is a file of kind {kind!r}, which a report does not show: leave it out")
         where, load = _LOADERS[kind]
         return where, load(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): correct it, or leave it out") from error
+    content = json_of(path)
     if is_results(content):
         return "results", read_results(path)
     kind = content.get("moe_route") if isinstance(content, dict) else None

@@ -13,13 +13,13 @@ columns. Blue is better: "better" in an effect says which changes are, "lower" (
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_route.analysis.result import plain
+from moe_route.base.budget import json_of
 
 TABLES_FILE = "tables.json"
 _EFFECT = {"label": "language", "value": "change", "low": "low", "high": "high"}
@@ -68,7 +68,7 @@ def is_results(content: Any) -> bool:
 
 def read_results(path: Path) -> list[ResultTable]:
     """The tables of a file. Raises ``ValueError`` for JSON in another form."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json_of(path)
     if not is_results(content):
         raise ValueError(f'{path} holds no tables of results: write {{"tables": [...]}}')
     try:
