@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -72,6 +74,8 @@ _KEY = "moe_route"
 _ROWS = "rows."  # prefix of tensors that are written in blocks
 _LENGTH_BYTES = 8  # layout of safetensors: header length (uint64, little endian), header (JSON), data
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors readers refuse more
+_UNFINISHED = ".new"  # suffix of folders that are being written
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries in Rust, whose errors are of other classes
 _NO_HASH = "0" * 64  # placeholder for a hash
 _LOCKED_BYTE = 2**31 - 2  # stands for the file on Windows, whose locks reach no further and keep others from reading
 _DTYPES = {
@@ -99,6 +103,7 @@ _FULL_DISK = {
     errno.EFBIG: "choose a path on a disk that takes files of this size",
     errno.EIO: "check the disk, or choose a path on another one",
 }
+_UNCHANGED = "(an older file there is unchanged)"
 FULL_DISK = frozenset(_FULL_DISK)
 """Numbers of the system errors after which the same file may be written once somebody has made room."""
 _NOT_ALLOWED = {
@@ -305,21 +310,74 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """A folder that takes the name ``path`` only when the block ends without an exception; else it is deleted.
 
-    Raises ``FileExistsError`` if ``path`` holds something already.
+    With ``replace``, a folder that is there stays until the new one takes its name, and is deleted then. What killed
+    processes left beside it is deleted, or takes its name back.
+
+    Raises ``FileExistsError`` if ``path`` holds something already, or another process made it meanwhile, and
+    ``OSError`` that says what to do if it cannot be written.
     """
-    check_new_folder(path)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    unfinished.mkdir()
+    old = target.with_name(f".{target.name}.old")
+    _settle(target, old)
+    if not replace:
+        check_new_folder(path)
+    with _explained(target, _NOT_ALLOWED | _FULL_DISK):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished, descriptor = _new_unfinished(target)
     try:
-        yield unfinished
-        unfinished.rename(target)
+        with _explained(target, _FULL_DISK):
+            yield unfinished
+        if replace and target.exists():
+            target.rename(old)  # a process that is killed here leaves it to the next one
+        if target.name.startswith(".") and target.suffix == _UNFINISHED:  # of a block around this one, which locked it
+            for part in unfinished.iterdir():
+                part.rename(target / part.name)
+            return
+        try:
+            unfinished.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise FileExistsError(f"{target} was made by another process meanwhile: name a new one") from error
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _settle(target: Path, old: Path) -> None:
+    """Undo or end what a killed process began: only folders that no process has locked are touched."""
+    if old.is_dir():
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{_UNFINISHED}") if fcntl else ():
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            descriptor = open_folder(left)
+            try:
+                if lock(descriptor):
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _new_unfinished(target: Path) -> tuple[Path, int | None]:
+    """A folder beside ``target``, and the descriptor that has it locked; Windows renames no folder that is open."""
+    while True:
+        unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+        unfinished.mkdir()
+        if not fcntl:
+            return unfinished, None
+        descriptor = open_folder(unfinished)
+        lock(descriptor)
+        if unfinished.exists():
+            return unfinished, descriptor
+        os.close(descriptor)  # another process deleted it before it was locked
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -344,13 +402,13 @@ def _explained(target: Path, advice: Mapping[int, str]) -> Iterator[None]:
     """Add the file and the advice to the message of a system error for which there is advice."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None or error.errno not in advice:
+    except Exception as error:
+        said = None if isinstance(error, OSError) else _SYSTEM_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+        if number is None or number not in advice or str(error).endswith(_UNCHANGED):
             raise
         raise OSError(
-            error.errno,
-            f"{target} was not written ({os.strerror(error.errno).lower()}): {advice[error.errno]} "
-            "(an older file there is unchanged)",
+            number, f"{target} was not written ({os.strerror(number).lower()}): {advice[number]} {_UNCHANGED}"
         ) from error
 
 

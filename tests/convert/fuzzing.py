@@ -1,4 +1,4 @@
-"""Files of every format with hostile content, by grammar: `python tests/convert/fuzzing.py [FORMAT ...] --inputs 100000`.
+"""Files of every format with hostile content, by grammar: `python tests/convert/fuzzing.py [FORMAT ...] --inputs N`.
 
 A file is made as its program makes it; then entries of its content are replaced, removed, renamed, repeated, nested and
 widened, arrays get other dtypes, shapes and strides, its container is packed, cut or altered, and pickles become other
@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -28,12 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import test_formats
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])] if __name__ == "__main__" else []
-import test_formats
 
 from moe_route import convert, data
 from moe_route.base import files
@@ -147,7 +146,13 @@ def altered(draw: Draw, content: bytes) -> bytes:
 
 
 def as_json(draw: Draw, content: Any) -> bytes:
-    return json.dumps(content, default=lambda array: array.tolist()).encode()
+    return json.dumps(
+        content, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
+    ).encode()
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def as_lines(draw: Draw, content: Any) -> bytes:
@@ -438,6 +443,11 @@ def _limits() -> Iterator[None]:
     signal.alarm(0)
 
 
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def run(name: str, inputs: int, first: int) -> None:
     """Read so many inputs of a format; raises the first error of another family with the example."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
@@ -463,7 +473,7 @@ def run(name: str, inputs: int, first: int) -> None:
 
         began = time.monotonic()
         one()
-        print(f"{name}: {outcomes['read']} inputs in {time.monotonic() - began:.0f} s (seed {first})", flush=True)
+        _say(f"{name}: {outcomes['read']} inputs in {time.monotonic() - began:.0f} s (seed {first})")
 
 
 def main() -> int:
@@ -482,9 +492,7 @@ def main() -> int:
                 run(name, options.inputs, options.seed)
             except Exception:  # the other formats still run
                 failed += 1
-                import traceback
-
-                print(f"{name}: FAILED\n{traceback.format_exc()}", flush=True)
+                _say(f"{name}: FAILED\n{traceback.format_exc()}")
     return 1 if failed else 0
 
 
