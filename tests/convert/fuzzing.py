@@ -1,4 +1,4 @@
-"""Files of every format with hostile content, by grammar: `python tests/convert/fuzzing.py [FORMAT ...] --inputs N`.
+"""Files of every format with hostile content, by grammar: `cd tests; python -m convert.fuzzing [FORMAT ...]`.
 
 A file is made as its program makes it; then entries of its content are replaced, removed, renamed, repeated, nested and
 widened, arrays get other dtypes, shapes and strides, its container is packed, cut or altered, and pickles become other
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import test_formats
 import torch
+from convert import test_formats
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
