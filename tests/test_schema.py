@@ -385,7 +385,7 @@ def test_json_that_programs_read_in_several_ways_is_refused(name: str, wrong: st
     text = f"{text[:-1]}, {again}}}"
     if name == "step":
         (tmp_path / "job").mkdir()
-    with pytest.raises(FileRefusedError, match="x.json|run.json|x.jsonl|step.json"):
+    with pytest.raises(FileRefusedError, match=r"x\.json|run\.json|x\.jsonl|step\.json"):
         _write(tmp_path, example, text.encode("utf-8", "surrogateescape"))
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from moe_route import __version__
+from moe_route.base.budget import Budget, BudgetError, FileRefusedError
 
 _OF_FORMAT, _OF_MARK = ("$schema", "format", "written_by", "needs"), ("moe_route", "schema")  # beside the content
 _LONGEST = 80  # characters of a value in a message
@@ -34,10 +35,6 @@ _FIELD = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 Content = TypeVar("Content")
-
-
-class FileRefusedError(ValueError):
-    """Raised for a file that is damaged, foreign, too new or wrong; the message says what is wrong and what to do."""
 
 
 class FileMissingError(FileRefusedError, FileNotFoundError):
@@ -154,12 +151,12 @@ def check_format(
 
 
 @contextlib.contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn system errors from reading a file into ``FileRefusedError``."""
+def reading(path: str | os.PathLike[str]) -> Iterator[Budget]:
+    """What reading a file may cost; turns system errors in the block into ``FileRefusedError``."""
     if Path(path).is_dir():
         raise FileRefusedError(f"{path} is a folder: give the name of a file in it")
     try:
-        yield
+        yield Budget(path)
     except FileNotFoundError as error:
         raise FileMissingError(f"{path} does not exist: check the name") from error
     except OSError as error:
@@ -168,26 +165,39 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file. Raises ``FileRefusedError``."""
-    with reading(path):
+    return _text_of(path)[0]
+
+
+def _text_of(path: str | os.PathLike[str]) -> tuple[str, Budget]:
+    with reading(path) as budget:
         data = Path(path).read_bytes()
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8"), budget
     except UnicodeDecodeError as error:
         raise FileRefusedError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from error
 
 
 def load_json(path: str | os.PathLike[str]) -> Any:
     """The content of a JSON file; see `parse_json`. Raises ``FileRefusedError``."""
-    return parse_json(read_text(path), os.fspath(path))
+    text, budget = _text_of(path)
+    return parse_json(text, os.fspath(path), budget=budget)
 
 
-def parse_json(text: str | bytes, source: str, error: type[ValueError] = FileRefusedError) -> Any:
-    """Parse JSON (UTF-8) of `source`. Raises `error` for anything else, a repeated key, NaN and infinite numbers."""
+def parse_json(
+    text: str | bytes, source: str, error: type[ValueError] = FileRefusedError, budget: Budget | None = None
+) -> Any:
+    """Parse JSON (UTF-8) of `source`. Raises `error` for anything else, a repeated key, NaN and infinite numbers.
+
+    What it makes is drawn from `budget`, that of the file, or else from one of the text alone.
+    """
+    budget = budget or Budget.of_text(source, text)
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+        return budget.json(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    except BudgetError:
+        raise
     except _NotPlainError as problem:
         raise error(f"{source} {problem}") from None
-    except (ValueError, RecursionError) as problem:
+    except ValueError as problem:
         raise error(f"{source} is not JSON ({problem}): correct it there, or save it again") from problem
 
 

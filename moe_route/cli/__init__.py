@@ -46,7 +46,7 @@ class _Program(Parser):
 
     def format_help(self) -> str:
         verbs = {action.dest: action.help or "" for action in self.verbs._choices_actions}
-        lines = ["usage: moe-route [--version] [--traceback] COMMAND ...", "", self.description or ""]
+        lines = ["usage: moe-route [--version] [--traceback] [--budget TIMES] COMMAND ...", "", self.description or ""]
         for purpose, names in _COMMANDS.items():
             lines += ["", f"{purpose}:"]
             for name in names:
@@ -63,10 +63,13 @@ def parser() -> Parser:
         description="Record, analyze and steer expert routing in Mixture-of-Experts language models.",
         epilog="Every command but lm-eval takes --json, and shows an example with --help. Without a model, the demo "
         "model is used.\nMOE_ROUTE_MODEL and MOE_ROUTE_TEXTS stand for --model and --data. --traceback shows where an "
-        "error was raised.",
+        "error was raised, and --budget 8 reads files that cost up to 8 times what is allowed.",
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     whole.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    whole.add_argument(
+        "--budget", type=float, default=1.0, metavar="TIMES", help="read files that cost so many times what is allowed"
+    )
     whole.verbs = whole.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for names in _COMMANDS.values():
         for name, module in names.items():
@@ -81,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    from moe_route.base.budget import raised
     from moe_route.cli.answer import Answer, one_line
     from moe_route.cli.interrupt import INTERRUPTED
 
@@ -90,12 +94,13 @@ def _run(argv: Sequence[str] | None) -> int:
     _refuse_unknown(whole, words)
     options = whole.parse_args(words)
     try:
-        for check in options.verb.checks:
-            check(options)
-        made: Answer = options.run(options)
-        answer = made.kept(getattr(options, "out", None))
+        with raised(options.budget):
+            for check in options.verb.checks:
+                check(options)
+            made: Answer = options.run(options)
+            answer = made.kept(getattr(options, "out", None))
         if options.json or answer.text:
-            print(answer.as_json() if options.json else answer.text, flush=True)
+            print(answer.shown(json=options.json), flush=True)
     except BrokenPipeError:  # `moe-route ... | head`: the reader is gone, and the flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -128,6 +133,13 @@ def _refuse_unknown(whole: Parser, words: Sequence[str]) -> None:
             here.error(f"no command {word!r} among {', '.join(known)}{meant([word], known)}")
 
 
+class _Line(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        from moe_route.base.table import printable
+
+        return printable(super().format(record))
+
+
 def _log_to_standard_error() -> None:
     """Print the library's warnings on standard error, one line each; those of other libraries are left alone."""
     from moe_route.cli.answer import one_line
@@ -145,5 +157,5 @@ def _log_to_standard_error() -> None:
     log = logging.getLogger("moe_route")
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("moe-route: %(message)s"))
+        handler.setFormatter(_Line("moe-route: %(message)s"))
         log.addHandler(handler)

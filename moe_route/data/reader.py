@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moe_route.base import hub, schema
+from moe_route.base.budget import Budget
 from moe_route.base.schema import FileMissingError, FileRefusedError, misspelt, parse_json
 from moe_route.data.languages import flores_code, is_language, language, spaces_words
 
@@ -821,11 +822,12 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, float]]:
 
 def json_rows(path: str | Path) -> Iterator[Row]:
     """The objects of a file of JSON lines. Raises `CorpusError` naming the line that is none."""
+    budget = Budget(path)
     for number, (line, read) in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        fields = parse_json(line, where, CorpusError)
+        fields = parse_json(line, where, CorpusError, budget)
         if not isinstance(fields, dict):
             raise CorpusError(f"{where} is not an object: write an object per line")
         yield Row(fields, where, read)
@@ -837,8 +839,11 @@ def _parquet(path: Path) -> Iterator[Row]:
     except ImportError as error:
         raise ImportError("reading Parquet needs pyarrow: pip install 'moe-route[analysis]'") from error
     with parquet.ParquetFile(path) as file:
+        budget, size = Budget(path), path.stat().st_size
         number, total = 0, max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            budget.unpack(size, batch.nbytes)
+            budget.spend(batch.num_rows * batch.num_columns)
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(fields, f"{path}, row {number}", number / total)

@@ -18,7 +18,6 @@ import numpy as np
 
 from moe_route.base import files, hub
 from moe_route.base.identity import same_weights
-from moe_route.base.table import data_frame
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
 from moe_route.recording.arrays import ACCUMULATED, SIZE_UNIT, broken_array, checked_array, selected_array
@@ -28,7 +27,7 @@ from moe_route.recording.store import SequenceStore
 
 if TYPE_CHECKING:
     import pandas as pd
-from moe_route.base.table import WIDTH, Table, number_of, wrapped
+from moe_route.base.table import WIDTH, Table, data_frame, number_of, printable, wrapped
 
 Kind = Literal["full", "topk", "count"]
 By = Literal["sequence", "token"]
@@ -627,7 +626,7 @@ class RoutingStatistics:
         if len(groups) > WIDTH:
             groups = "\n    ".join(["  groups:", *shown, *([f"and {more} more"] if more > 0 else [])])
         title, *facts = self._facts()
-        return "\n".join([title, groups, *(wrapped(fact, "  ") for fact in facts)])
+        return printable("\n".join([title, groups, *(wrapped(fact, "  ") for fact in facts)]))
 
     def _repr_html_(self) -> str:
         title, *facts = self._facts()

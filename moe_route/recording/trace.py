@@ -62,7 +62,7 @@ class Trace:
         """
         columns, header = files.read(path, _FILE_KIND)
         with files.expected_content(path):
-            return cls(
+            trace = cls(
                 layers=tuple(header["layers"]),
                 layer_numbers=tuple(header["layer_numbers"]),
                 groups=tuple(header["groups"]),
@@ -71,6 +71,24 @@ class Trace:
                 backends=tuple(header.get("backends", ())),
                 **{name: columns[name] for name in _COLUMNS},
             )
+            trace._check_axes()
+            return trace
+
+    def _check_axes(self) -> None:
+        """Raise ``ValueError`` for columns of other axes than [N] and [N, L, k], or that count beyond their names."""
+        shape = self.ids.shape
+        names: dict[str, Sequence[Any]] = {"sequence": self.items, "group": self.groups, "phase": PHASES}
+        if len(shape) != 3 or shape[1] != len(self.layers) or len(self.layer_numbers) != len(self.layers):
+            raise ValueError(f"ids are {list(shape)}, with {len(self.layers)} layers")
+        for name in _COLUMNS:
+            column: np.ndarray = getattr(self, name)
+            floating = name == "weights"
+            if column.shape != (shape if floating or name == "ids" else shape[:1]) or column.dtype.kind not in (
+                "f" if floating else "iu"
+            ):
+                raise ValueError(f"{name} is {column.dtype} {list(column.shape)}, with ids {list(shape)}")
+            if name in names and not (column.min(initial=0) >= 0 and column.max(initial=-1) < len(names[name])):
+                raise ValueError(f"{name} counts beyond its {len(names[name])} names")
 
     @classmethod
     def join_layers(cls, parts: Sequence[Trace]) -> Trace:

@@ -234,19 +234,13 @@ def made_folder(
         if said.done:
             yield None
             return
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    with files.new_folder(unfinished) as inside:
+    with files.new_folder(target, replace=said is not None) as inside:
         yield inside
         Job(inside, command, inputs).finish(path.name for path in _content(inside))
-    if target.is_dir():
-        if said is not None:
-            _remove_results(target, said)
-        for path in unfinished.iterdir():
-            os.replace(path, target / path.name)
-        unfinished.rmdir()
-    else:
-        unfinished.rename(target)
+        for path in _content(target) if said is not None else ():
+            if said is not None and path.name not in said["made"] and not (inside / path.name).exists():
+                copy: Any = shutil.copytree if path.is_dir() else shutil.copy2  # somebody else's
+                copy(path, inside / path.name)
 
 
 def refuse_made(path: str | Path, command: str, *, force: bool = False) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_route.base import files, hub
 from moe_route.base.schema import Kind
-from moe_route.base.table import Table
+from moe_route.base.table import Table, printable
 from moe_route.steering import kinds
 from moe_route.steering.compile import CompiledPlan, HasExperts, compile_rules
 from moe_route.steering.explain import PlanDifference, PlanExplanation, compare, explain
@@ -697,7 +697,8 @@ class Plan:
     def describe(self) -> str:
         """Describe the rules in words, one line each."""
         note = [f"  {self.description}"] if self.description else []
-        return "\n".join([self._title(), *note, *(f"  {number}. {rule}" for number, rule in enumerate(self.rules, 1))])
+        rules = [f"  {number}. {rule}" for number, rule in enumerate(self.rules, 1)]
+        return printable("\n".join([self._title(), *note, *rules]))
 
     def _title(self) -> str:
         count = f"{len(self.rules)} rule{'' if len(self.rules) == 1 else 's'}"
@@ -714,7 +715,7 @@ class Plan:
     def __repr__(self) -> str:
         shown = "; ".join(map(str, self.rules[:_SHOWN])) or "nothing"
         more = len(self.rules) - _SHOWN
-        return f"Plan({shown}{f'; and {more} more rules' if more > 0 else ''})"
+        return printable(f"Plan({shown}{f'; and {more} more rules' if more > 0 else ''})")
 
 
 def _named(rules: Iterable[Rule], layer: int) -> set[int]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_route.base import files
 from moe_route.base.schema import Kind, Natural
-from moe_route.base.table import Table, data_frame, number_of
+from moe_route.base.table import Table, data_frame, number_of, printable
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanFileError, PlanModel
 
@@ -291,9 +291,8 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
 
     def __repr__(self) -> str:
         title, rows, rest = self._shown()
-        return "\n".join(
-            [title, *(f"  layer {layer}: {experts}" for layer, experts in rows), *([f"  {rest}"] if rest else [])]
-        )
+        lines = [title, *(f"  layer {layer}: {experts}" for layer, experts in rows), *([f"  {rest}"] if rest else [])]
+        return printable("\n".join(lines))
 
     def _repr_html_(self) -> str:
         title, rows, rest = self._shown()
