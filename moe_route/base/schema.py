@@ -177,10 +177,20 @@ def _text_of(path: str | os.PathLike[str]) -> tuple[str, Budget]:
         raise FileRefusedError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from error
 
 
-def load_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a JSON file; see `parse_json`. Raises ``FileRefusedError``."""
+def load_json(path: str | os.PathLike[str], *, foreign: bool = False) -> Any:
+    """The content of a JSON file; see `parse_json`. Raises ``FileRefusedError``.
+
+    One that another program wrote for itself (``foreign``) may hold NaN, and keys twice, as Python reads them.
+    """
     text, budget = _text_of(path)
-    return parse_json(text, os.fspath(path), budget=budget)
+    if not foreign:
+        return parse_json(text, os.fspath(path), budget=budget)
+    try:
+        return budget.json(text)
+    except BudgetError:
+        raise
+    except ValueError as problem:
+        raise FileRefusedError(f"{path} is not JSON ({problem}): get it again") from problem
 
 
 def parse_json(
@@ -236,7 +246,7 @@ def read(hint: Any, value: Any, source: str, error: type[ValueError] = FileRefus
 def check(made: Any) -> None:
     """Raise ``ValueError`` unless the fields of a dataclass are as annotated: for a ``__post_init__``."""
     reader = _Reader(f"the {type(made).__name__.lower()}", ValueError)
-    for name, hint in _hints(type(made)).items():
+    for name, hint in _hints(made.__class__).items():
         reader.value(hint, getattr(made, name), name)
 
 

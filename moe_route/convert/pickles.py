@@ -97,7 +97,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]
         full = f"{module}.{name}"
         if full not in BUILDERS:
             raise FileRefusedError(
-                f"{self._budget.path} is a pickle that uses {full}, which is not an array, a table or a plain "
+                f"{self._budget.source} is a pickle that uses {full}, which is not an array, a table or a plain "
                 "container: it was refused and nothing of it ran; save the numbers alone (.npz, .safetensors or .json)"
             )
         return _named(full)
@@ -146,10 +146,10 @@ def _content(stream: io.BytesIO, budget: Budget, storage: _Storage | None = None
     except (FileRefusedError, MemoryError):
         raise
     except EOFError as error:
-        raise FileRefusedError(f"{budget.path} is truncated: copy it again or make it again") from error
+        raise FileRefusedError(f"{budget.source} is truncated: copy it again or make it again") from error
     except Exception as error:  # a damaged pickle raises errors of any kind
         raise FileRefusedError(
-            f"{budget.path} is not a pickle of arrays or tables ({type(error).__name__}: {error}): save the numbers "
+            f"{budget.source} is not a pickle of arrays or tables ({type(error).__name__}: {error}): save the numbers "
             "alone (.npz, .safetensors or .json)"
         ) from error
 

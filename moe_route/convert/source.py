@@ -208,7 +208,7 @@ def _mapped(path: Path, budget: Budget) -> np.ndarray:
 def npy(content: bytes, budget: Budget) -> np.ndarray:
     """The array in the bytes of a ``.npy`` file, not writable; ``FileRefusedError`` for bytes that are none."""
     stream = io.BytesIO(content)
-    with _whole(budget.path):
+    with _whole(Path(budget.source)):
         shape, order, dtype = _npy_head(stream)
         budget.spend(extent(shape))
         if 0 in shape:

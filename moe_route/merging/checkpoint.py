@@ -79,7 +79,7 @@ class Checkpoint:
         self.folder = folder
         if (folder / INDEX).is_file():
             try:
-                shards = dict(load_json(folder / INDEX)["weight_map"])
+                shards = dict(load_json(folder / INDEX, foreign=True)["weight_map"])
                 self._files = {name: folder / Path(shard).name for name, shard in shards.items()}
             except (LookupError, TypeError, ValueError) as error:
                 raise FileRefusedError(f"{folder / INDEX} names no shards ({error}): copy it again") from error
@@ -90,7 +90,7 @@ class Checkpoint:
                 f"{folder} holds neither {_ONE_FILE} nor {INDEX}: name the folder of a checkpoint in safetensors"
             )
         if (folder / "config.json").is_file():
-            self.config = load_json(folder / "config.json")
+            self.config = load_json(folder / "config.json", foreign=True)
 
     def _opened(self, path: Path) -> Any:
         if path not in self._open:
@@ -226,7 +226,7 @@ def _vocabulary(checkpoint: Checkpoint) -> object:
     path = checkpoint.folder / "tokenizer.json" if checkpoint.folder else None
     if path is None or not path.is_file():
         return None
-    content = load_json(path)
+    content = load_json(path, foreign=True)
     return content.get("model", {}).get("vocab") if isinstance(content, dict) else None
 
 

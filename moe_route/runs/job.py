@@ -238,7 +238,7 @@ def made_folder(
         yield inside
         Job(inside, command, inputs).finish(path.name for path in _content(inside))
         for path in _content(target) if said is not None else ():
-            if said is not None and path.name not in said["made"] and not (inside / path.name).exists():
+            if said is not None and path.name not in said.made and not (inside / path.name).exists():
                 copy: Any = shutil.copytree if path.is_dir() else shutil.copy2  # somebody else's
                 copy(path, inside / path.name)
 
