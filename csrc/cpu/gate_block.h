@@ -1,8 +1,8 @@
-// Steps that the rows of a block take together, one row a lane: the bounds of their short lists, and the
-// weights of their chosen.
+// Steps that the rows of a block take together, one row a lane: sums over experts, standard deviations, the bounds
+// and the order of their short lists, and the weights of their chosen.
 //
 // Contract: the bits of gate_select.h and gate_weigh.h, which a lane follows operation by operation; what they
-// fold across a row's lanes costs no step here. Rows that ask for more than a lane knows (kTakesPart) go the
+// fold across a row's lanes costs no step here. Rows that ask for more than a lane knows (BlockWeights::serves) go the
 // way of gate_weigh.h. For lanes that can be transposed (F::kTransposes).
 #pragma once
 #include <iterator>

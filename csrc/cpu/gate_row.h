@@ -7,7 +7,8 @@
 //
 // A row is a chain of short dependent steps (fold, list, rank, look up, normalize), each of which waits for
 // the one before. So rows go through in blocks, step by step: while one row waits, the processor works on the
-// next.
+// next. Where lanes can be transposed, steps that fold or sort take sixteen rows at once, one row a lane
+// (gate_block.h), and few experts go from load to count that way (gate_few.h).
 #pragma once
 #include "gate_block.h"
 #include "gate_count.h"
