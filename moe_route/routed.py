@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_route.base.devices import Block, upload
+from moe_route.base.devices import Block, refuse_capture, upload
 from moe_route.base.identity import identity_of, library_versions
 from moe_route.calls.call import PHASES, Call, NamedGroups, Phase, name_groups, named_groups
 from moe_route.calls.token_table import CallListener, Labels, broadcast_rows, columns, in_phases, rows_on_device
 from moe_route.contract.token_tables import entries, starts
 from moe_route.experts.interface import experts_implementations
+from moe_route.modules.intercept import untraced
 from moe_route.ops import library
 from moe_route.ops.token_rules import token_counter
 from moe_route.patching.attachment import Attachment
@@ -173,6 +174,37 @@ class RoutedModel:
         finally:
             name(before)
             calls.block = None  # again, if an interrupt stopped the first attempt
+
+    def router_logits(self) -> Block[dict[int, Tensor]]:
+        """See the logits of every router: ``with routed.router_logits() as logits: model(**inputs)``.
+
+        The dict holds the logits of the latest call by MoE layer, ``[B, T, E]`` in the router's dtype, with their
+        gradient, also of models that compute logits and drop them. They are the router's own, before any steering, of
+        padding too; NaN for a token that the layer was not given. Routers of a vision tower are left out. A CUDA graph
+        that is being captured is refused.
+
+        Raises ``RuntimeError`` after ``detach``.
+        """
+        self._require_attached("read router logits")
+        return Block("routed.router_logits()", self._reading_logits())
+
+    @contextlib.contextmanager
+    def _reading_logits(self) -> Iterator[dict[int, Tensor]]:
+        seen: dict[int, Tensor] = {}
+
+        @untraced
+        def keep(layer: int, logits: Tensor) -> None:
+            refuse_capture(logits.device, "reading router logits")
+            seen[layer] = logits.unflatten(0, self.attachment.call_shape(len(logits)))
+
+        try:
+            try:
+                self.attachment.watch_logits(keep)
+                yield seen
+            finally:
+                self.attachment.unwatch_logits(keep)
+        finally:
+            self.attachment.unwatch_logits(keep)  # continues where an interrupt stopped the first attempt
 
     # ---- steer
 

@@ -38,6 +38,9 @@ from moe_route.routers.family import gate_logits, weight_dtype
 ChoiceCallback = Callable[[int, Tensor, Tensor], None]
 """Called with a layer, ids [T, k] (-1: an empty slot) and weights [T, k], after steering."""
 
+LogitsCallback = Callable[[int, Tensor], None]
+"""Called with a layer and the router's own logits [T, E], before any steering."""
+
 EMPTYING = frozenset(("force", "top_k", "remap"))  # steering tables that can leave a slot empty
 
 LayerSteering = SteeringTables | TokenTables
@@ -62,17 +65,22 @@ class Engine(ABC):
         self.statistics: StatisticsTables | None = None
         self.steering: LayerSteering | None = None
         self.on_choice: ChoiceCallback | None = None
+        self.on_logits: tuple[LogitsCallback, ...] = ()
         self.cohort = -1  # engines with equal numbers are counted together (`deferred`)
 
     def configure(
-        self, statistics: StatisticsTables | None, steering: LayerSteering | None, on_choice: ChoiceCallback | None
+        self,
+        statistics: StatisticsTables | None,
+        steering: LayerSteering | None,
+        on_choice: ChoiceCallback | None,
+        on_logits: tuple[LogitsCallback, ...],
     ) -> None:
-        """Set the tables to count into, the steering, and the callback for choices."""
-        self.statistics, self.steering, self.on_choice = statistics, steering, on_choice
+        """Set the tables to count into, the steering, and the callbacks for choices and logits."""
+        self.statistics, self.steering, self.on_choice, self.on_logits = statistics, steering, on_choice, on_logits
         for tables in (statistics, steering):
             if tables is not None:
                 ops.load_kernels(self.router.num_experts, tables.device)
-        self.adapter.idle = statistics is None and steering is None and on_choice is None
+        self.adapter.idle = statistics is None and steering is None and on_choice is None and not on_logits
         self.adapter.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
 
     @abstractmethod
@@ -102,6 +110,17 @@ class Engine(ABC):
             ids = ids.new_full(shape, -1).index_copy(0, rows, ids)
             weights = weights.new_zeros(shape).index_copy(0, rows, weights)
         self.on_choice(self.layer, ids, weights)
+
+    def show(self, logits: Tensor) -> None:
+        """Pass on the router's own logits, with NaN for tokens that this router was not given."""
+        if not self.on_logits or self.adapter.patches:
+            return
+        rows = self.adapter.token_subset()
+        if rows is not None:
+            shape = (self.context.num_tokens, logits.shape[1])
+            logits = logits.new_full(shape, torch.nan).index_copy(0, rows.to(logits.device), logits)
+        for callback in self.on_logits:
+            callback(self.layer, logits)
 
     def route(
         self,
@@ -181,17 +200,21 @@ class HookEngine(Engine):
         self.defers = False
 
     def configure(
-        self, statistics: StatisticsTables | None, steering: LayerSteering | None, on_choice: ChoiceCallback | None
+        self,
+        statistics: StatisticsTables | None,
+        steering: LayerSteering | None,
+        on_choice: ChoiceCallback | None,
+        on_logits: tuple[LogitsCallback, ...],
     ) -> None:
-        """Set the tables to count into, the steering, and the callback for choices."""
-        super().configure(statistics, steering, on_choice)
-        only_counts = statistics is not None and steering is None and on_choice is None
+        """Set the tables to count into, the steering, and the callbacks for choices and logits."""
+        super().configure(statistics, steering, on_choice, on_logits)
+        only_counts = statistics is not None and steering is None and on_choice is None and not on_logits
         self.defers = only_counts and self.keeps_output is True
 
     def may_defer(self, keeps_output: bool) -> None:
         """Called once it is known whether the model leaves the router's output unchanged."""
         self.keeps_output = keeps_output
-        self.configure(self.statistics, self.steering, self.on_choice)
+        self.configure(self.statistics, self.steering, self.on_choice, self.on_logits)
 
     def changes(self) -> Sequence[Change]:
         """The hook, as the router's adapter installs it."""
@@ -214,9 +237,12 @@ class HookEngine(Engine):
             return None
         # without steering nothing is kept for the backward pass, so that a checkpointed layer that runs again is not
         # counted
-        with torch.set_grad_enabled(self.steering is not None and torch.is_grad_enabled()):
+        keeps = self.steering is not None or bool(self.on_logits)
+        with torch.set_grad_enabled(keeps and torch.is_grad_enabled()):
             decision = self.adapter.read(args, output)
         table = self.table(decision.logits)  # begins a call if none is running
+        if not again:
+            self.show(decision.logits)
         if self.steering is not None and context.steers:
             steering = self.steering_on(decision.logits.device)
             return self._reroute(args, output, decision, table, steering, counted=not again)
@@ -293,6 +319,8 @@ class FusedEngine(Engine):
         steers = self.steering is not None and context.steers and not context.idle
         steering = self.steering_on(logits.device) if steers else None
         statistics, args = None if again else self.statistics, (hidden, *arguments)
+        if not again and not context.idle:
+            self.show(logits)
         routed = self.route(logits, number(module, family.top_k), table, steering, args, statistics)
         if not again:
             self.tell(routed.ids, routed.weights)
