@@ -421,7 +421,7 @@ class _Calls(CallListener):
         if steering is not None:
             block = (None if recording is None else recording.block) or self.block
             labels.steering_row, labels.entries = steering.rows(call, block), steering.entries(call, block)
-            labels.counter = steering.counter(call)
+            labels.counter, labels.told = steering.counter(call), steering.told(call)
         return labels
 
     def after_call(self, call: Call) -> None:
@@ -510,6 +510,21 @@ class _ActivePlan:
         ids = call.input_ids
         shaped = ids is not None and ids.shape == (call.batch, call.length)
         return token_counter(call.positions(), ids if shaped else None)
+
+    def told(self, call: Call) -> Tensor | None:
+        """int64 ``[batch, length, 4]``: what functions are told of each token, or None if the plan has none."""
+        if not self.compiled.applies:
+            return None
+        shape, ids = (call.batch, call.length), call.input_ids
+        column = torch.arange(call.length, device=call.device)
+        decode = (column >= call.prompt) & (call.phase == "decode")
+        columns = (
+            torch.arange(call.batch, device=call.device)[:, None],
+            call.tokens_before(),
+            torch.full((1, 1), -1, device=call.device) if ids is None or ids.shape != shape else ids,
+            decode[None],
+        )
+        return torch.stack([values.to(torch.int64).expand(shape) for values in columns], -1)
 
     def entries(self, call: Call, block: LabelBlock | None) -> Tensor | None:
         """int64 ``[batch, length, M]``: row of each token in each of M tables of values per token, -1 for none.

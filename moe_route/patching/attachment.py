@@ -436,10 +436,11 @@ def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering |
             f"router {router.name!r} (layer {router.layer}) cannot take a top_k above its own: "
             f"{type(router.module).__name__} has no more slots. Leave that layer out: plan.only(layers=[...])"
         )
-    if tables.replays and router.adapter.patches:
+    if (tables.replays or tables.functions) and router.adapter.patches:
+        what = "no table of tokens names" if tables.replays else "are no tokens that a function could be told of"
         raise ValueError(
-            f"router {router.name!r} (layer {router.layer}) routes patches of images, which no table of "
-            "tokens names: leave the layer out, plan.only(layers=[...])"
+            f"router {router.name!r} (layer {router.layer}) routes patches of images, which {what}: leave the layer "
+            "out, plan.only(layers=[...])"
         )
     return fitted(tables, router.name, router.spec)
 

@@ -23,7 +23,7 @@ from torch.compiler import is_compiling
 
 from moe_route import ops
 from moe_route.calls.call import recomputing
-from moe_route.calls.token_table import on_device
+from moe_route.calls.token_table import Tables, on_device
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import TokenTables
 from moe_route.modules.intercept import Change, ReplacedForward, number
@@ -150,7 +150,9 @@ class Engine(ABC):
         if own is None:
             with torch.no_grad():
                 given = {"choice": ops.route(logits, k, self.spec, **model)[1]}
-        given |= {"tokens": table, "counter": self.counter(logits), "entries": self.entries(logits)}
+        given |= {"tokens": table, "counter": self.counter(logits)}
+        given |= {"entries": self._of_tokens(self.context.entries, logits)}
+        given |= {"told": self._of_tokens(self.context.told, logits)}
         given |= {"statistics": statistics}
         weights, ids, steered = route_tokens(steering, logits, k, self.spec, **model, **given)
         return Choice(weights, ids, *steered)
@@ -167,13 +169,12 @@ class Engine(ABC):
                 return torch.arange(len(logits), device=device)
         return counter if rows is None else counter[rows.to(device)]
 
-    def entries(self, logits: Tensor) -> Tensor | None:
-        """Row in each table of recorded choices per token of the router, [T, M], or None if the labels have none."""
-        entries, rows, device = self.context.entries, self.adapter.token_subset(), logits.device
-        if not entries:
+    def _of_tokens(self, labels: Tables, logits: Tensor) -> Tensor | None:
+        """The labels of each token of the router, [T, M], or None if the call has none."""
+        if not labels:
             return None
-        of_tokens = on_device(entries, device)
-        return of_tokens if rows is None else of_tokens[rows.to(device)]
+        of_tokens, rows = on_device(labels, logits.device), self.adapter.token_subset()
+        return of_tokens if rows is None else of_tokens[rows.to(logits.device)]
 
     def steering_on(self, device: torch.device) -> LayerSteering:
         """The steering on the router's device: moved there once, or in every call, with gradient, if it is trained."""

@@ -16,10 +16,10 @@ from moe_route.base import files
 from moe_route.base.table import data_frame
 from moe_route.calls.call import PHASES
 from moe_route.contract.spec import SCORES
-from moe_route.reference import probabilities
 from moe_route.recording.choices import ChoiceObserver, ObservedCall
 from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.store import Item
+from moe_route.reference import probabilities
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -66,7 +66,7 @@ def _terms(
 
 
 def normalized(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [T, E] divided by their sum, 0 for unscored tokens (gate.h), and bool [T, 1], whether a token is scored."""
+    """Scores [T, E] divided by their sum, 0 for unscored tokens (gate.h); and bool [T, 1], the scored ones."""
     total = scores.sum(1, keepdim=True)
     scored = (total >= torch.finfo(torch.float32).tiny) & torch.isfinite(total) & (scores >= 0).all(1, keepdim=True)
     return torch.where(scored, scores / torch.where(scored, total, 1.0), 0.0), scored

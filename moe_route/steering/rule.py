@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_route.calls.call import PHASES
 from moe_route.steering.cell import Cell, HasExperts
+from moe_route.steering.functions import RoutingFunction, function_of
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError, refuse_unknown
 from moe_route.steering.tables import SequenceTable
@@ -92,6 +93,7 @@ class Rule(ABC):
         absent: only experts that the router does not choose itself.
         draw: seed of a random control with as many experts, drawn per token, or of noise.
         table: values per token.
+        function: a user's own function of the logits.
 
     A class of ``kinds.py`` says with these what its rules are:
 
@@ -103,6 +105,8 @@ class Rule(ABC):
         table_type: class of its table.
         valued: whether coefficients are values, not factors of a strength.
         unmoved: why it changes no choice, if it never does.
+        ordered: whether rules of this kind act in the order in which a plan was added up; others act in any.
+        served: whether engines with their own model code (vLLM) can run it.
     """
 
     experts: tuple[tuple[int, tuple[tuple[int, float], ...]], ...] = ()
@@ -116,6 +120,7 @@ class Rule(ABC):
     absent: bool = False
     draw: int | None = None
     table: SequenceTable | None = None
+    function: RoutingFunction | None = None
 
     kind: ClassVar[str]
     shows: ClassVar[str]
@@ -125,6 +130,8 @@ class Rule(ABC):
     valued: ClassVar[bool] = False
     drawn: ClassVar[str] = "other experts for each token, drawn"
     unmoved: ClassVar[str] = ""
+    ordered: ClassVar[bool] = False
+    served: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -177,6 +184,7 @@ class Rule(ABC):
         mode: str | None = None,
         table: SequenceTable | None = None,
         draw: int | None = None,
+        function: RoutingFunction | None = None,
     ) -> Rule:
         """Make a checked rule from a user's arguments. ``factor`` multiplies the coefficient of every expert."""
         chosen = None if layers is None else _layers(layers)
@@ -194,6 +202,7 @@ class Rule(ABC):
             layers=chosen,
             table=table,
             draw=None if draw is None else index(draw),
+            function=function,
         ).checked()
 
     def checked(self) -> Rule:
@@ -201,6 +210,7 @@ class Rule(ABC):
         if self.mode not in self.modes:
             raise PlanError(f"{self.kind} has no mode {self.mode!r}: use one of {', '.join(map(repr, self.modes))}")
         given = {"value": self.value is not None, "experts": bool(self.experts), "table": self.table is not None}
+        given["function"] = self.function is not None
         named = [name for name, present in given.items() if present]
         if len(named) != 1 or named[0] not in self.fields:
             needed = next(shown for name, shown in _NEEDED.items() if name in self.fields)
@@ -322,7 +332,8 @@ class Rule(ABC):
                 f"a {self.kind} rule of single tokens cannot move to other layers: leave it out of the control"
             )
         experts = {layer: dict(pairs) for layer, pairs in self.experts} or None
-        return self._as_before(type(self).of(experts, layers, value=self.value, mode=self.mode, draw=self.draw))
+        made = type(self).of(experts, layers, value=self.value, mode=self.mode, draw=self.draw, function=self.function)
+        return self._as_before(made)
 
     def with_experts(self, experts: Experts) -> Rule:
         """The rule with other experts; unchanged if it names none."""
@@ -379,20 +390,23 @@ class Rule(ABC):
                 content[field] = list(getattr(self, field))
         if self.table is not None:
             content["table"] = self.table.digest
+        if self.function is not None:
+            content |= self.function.to_dict()
         return content
 
     @classmethod
     def read(cls, content: Mapping[str, Any], tables: Mapping[str, SequenceTable]) -> Rule:
         """Rebuild a rule of this kind from ``to_dict``."""
         modes = {"mode"} if len(cls.modes) > 1 else set()
-        refuse_unknown(content, {"kind", *_CONDITIONS, *cls.fields, *modes}, f"the {cls.kind} rule")
+        source = {"source"} if "function" in cls.fields else set()
+        refuse_unknown(content, {"kind", *_CONDITIONS, *cls.fields, *modes, *source}, f"the {cls.kind} rule")
         for name, (types, shown) in _TYPES.items():
             if name in content and not _is(content[name], types):
                 raise PlanError(f'"{name}" of the {cls.kind} rule must be {shown}, not {content[name]!r}')
         if "mode" in content and content["mode"] not in cls.modes:
             raise PlanError(f"{cls.kind} has no mode {content['mode']!r}: use one of {', '.join(map(repr, cls.modes))}")
         table = None
-        if "table" in content or cls.fields.isdisjoint(("experts", "value")):
+        if "table" in content or cls.fields.isdisjoint(("experts", "value", "function")):
             table = tables[content["table"]]
             if cls.table_type is None or not isinstance(table, cls.table_type):
                 raise PlanError(f"a {cls.kind} rule cannot use a table of {table.field}")
@@ -404,6 +418,7 @@ class Rule(ABC):
         made = cls.of(
             experts if "experts" in content or (table is None and "experts" in cls.fields) else None,
             table=table,
+            function=function_of(content),
             **given,
         )
         layers = content.get("layers")
@@ -453,7 +468,8 @@ class Rule(ABC):
         return "; ".join(conditions)
 
 
-_NEEDED = {"experts": "experts", "value": "a value", "table": "a table"}  # a rule has one of them
+# a rule has one of them
+_NEEDED = {"experts": "experts", "value": "a value", "table": "a table", "function": "a function"}
 _CONDITIONS = ("layers", "groups", "phase", "positions")
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "strength": ((int, float), "a number"),
