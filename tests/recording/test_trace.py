@@ -271,8 +271,10 @@ def test_router_logits_of_one_call(name: str) -> None:
         for layer, values in logits.items():
             decoder = seen[layer].role == "decoder"
             first = given["decoder_input_ids"] if decoder else next(iter(given.values()))
-            assert values.shape == (*first.shape[:2], seen[layer].num_experts)
-            assert values.isfinite().all()
+            shape = (first.shape[0], 1 if "grid_thw" in given else first.shape[1])  # a vision tower alone: patches
+            assert values.shape == (*shape, seen[layer].num_experts)
+            given_to_it = ~values.isnan().all(-1)  # some layers are given the tokens of a text without its pictures
+            assert values[given_to_it].isfinite().all()
         kept = dict(logits)
         with torch.no_grad():
             model(**given)
