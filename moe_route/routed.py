@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_route.base.devices import Block, upload
+from moe_route.base.devices import Block, refuse_capture, upload
 from moe_route.base.identity import UNKNOWN, checkpoint_of, identity_of, library_versions, same_weights
 from moe_route.calls.call import PHASES, Call, NamedGroups, Phase, name_groups, named_groups
 from moe_route.calls.token_table import CallListener, Labels, broadcast_rows, columns, in_phases, rows_on_device
 from moe_route.contract.token_tables import entries, starts
 from moe_route.experts.interface import experts_implementations
+from moe_route.modules.intercept import untraced
 from moe_route.ops import library
 from moe_route.ops.token_rules import token_counter
 from moe_route.patching.attachment import Attachment, attachment_of
@@ -172,6 +173,37 @@ class RoutedModel:
             )
         block = LabelBlock.parse(DEFAULT_GROUP if groups is None else groups, items, count_mask, None)
         return Block("labels(...)", _labeling(self._calls, block, named_groups() if groups is None else block.named))
+
+    def router_logits(self) -> Block[dict[int, Tensor]]:
+        """See the logits of every router: ``with routed.router_logits() as logits: model(**inputs)``.
+
+        The dict holds the logits of the latest call by MoE layer, ``[B, T, E]`` in the router's dtype, with their
+        gradient, also of models that compute logits and drop them. They are the router's own, before any steering, of
+        padding too; NaN for a token that the layer was not given. Routers of a vision tower are left out. A CUDA graph
+        that is being captured is refused.
+
+        Raises ``RuntimeError`` after ``detach``.
+        """
+        self._require_attached("read router logits")
+        return Block("routed.router_logits()", self._reading_logits())
+
+    @contextlib.contextmanager
+    def _reading_logits(self) -> Iterator[dict[int, Tensor]]:
+        seen: dict[int, Tensor] = {}
+
+        @untraced
+        def keep(layer: int, logits: Tensor) -> None:
+            refuse_capture(logits.device, "reading router logits")
+            seen[layer] = logits.unflatten(0, self.attachment.call_shape(len(logits)))
+
+        try:
+            try:
+                self.attachment.watch_logits(keep)
+                yield seen
+            finally:
+                self.attachment.unwatch_logits(keep)
+        finally:
+            self.attachment.unwatch_logits(keep)  # continues where an interrupt stopped the first attempt
 
     # ---- steer
 
@@ -430,7 +462,7 @@ class _Calls(CallListener):
         if steering is not None:
             block = (None if recording is None else recording.block) or self.block
             labels.steering_row, labels.entries = steering.rows(call, block), steering.entries(call, block)
-            labels.counter = steering.counter(call)
+            labels.counter, labels.told = steering.counter(call), steering.told(call)
             for reach in self.reaches:
                 reach.note(call, block)
         return labels
@@ -580,6 +612,21 @@ class _ActivePlan:
         ids = call.input_ids
         shaped = ids is not None and ids.shape == (call.batch, call.length)
         return token_counter(call.positions(), ids if shaped else None)
+
+    def told(self, call: Call) -> Tensor | None:
+        """int64 ``[batch, length, 4]``: what functions are told of each token, or None if the plan has none."""
+        if not self.compiled.applies:
+            return None
+        shape, ids = (call.batch, call.length), call.input_ids
+        column = torch.arange(call.length, device=call.device)
+        decode = (column >= call.prompt) & (call.phase == "decode")
+        columns = (
+            torch.arange(call.batch, device=call.device)[:, None],
+            call.tokens_before(),
+            torch.full((1, 1), -1, device=call.device) if ids is None or ids.shape != shape else ids,
+            decode[None],
+        )
+        return torch.stack([values.to(torch.int64).expand(shape) for values in columns], -1)
 
     def entries(self, call: Call, block: LabelBlock | None) -> Tensor | None:
         """int64 ``[batch, length, M]``: row of each token in each of M tables of values per token, -1 for none.

@@ -22,7 +22,7 @@ from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at,
 from moe_route.ops import library, load_kernels
 from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import RunningCall
-from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, HookEngine, LayerSteering
+from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, HookEngine, LayerSteering, LogitsCallback
 from moe_route.patching.generate import listen_to_generate
 from moe_route.routers.check import check_router
 from moe_route.routers.discovery import RouterInfo, find_routers
@@ -97,6 +97,7 @@ class Attachment:
         if verify:
             _check(self.routers)
         self._on_choice: ChoiceCallback | None = None
+        self._on_logits: tuple[LogitsCallback, ...] = ()
         self._steering: list[LayerSteering | None] | None = None
         self._statistics: list[StatisticsTables] | None = None
         self._captured: list[object] = []
@@ -135,6 +136,25 @@ class Attachment:
     def on_choice(self, callback: ChoiceCallback | None) -> None:
         self._on_choice = callback
         self._configure()
+
+    def watch_logits(self, callback: LogitsCallback) -> None:
+        """Call ``callback`` for every router with its layer and its own logits [T, E], NaN for tokens it was not given.
+
+        The logits are those of the model, before any steering, with their gradient. Routers of a vision tower are left
+        out, since their patches are not tokens of the call.
+        """
+        self._on_logits = (*self._on_logits, callback)
+        self._configure()
+
+    def unwatch_logits(self, callback: LogitsCallback) -> None:
+        """Stop calling ``callback``. Safe to call twice."""
+        self._on_logits = tuple(other for other in self._on_logits if other is not callback)
+        self._configure()
+
+    def call_shape(self, tokens: int) -> tuple[int, int]:
+        """Batch and length of the running call; (1, tokens) for a router that is called by itself."""
+        call = self._context.call
+        return (1, tokens) if call is None or call.batch * call.length != tokens else (call.batch, call.length)
 
     def set_steering(self, tables: Sequence[LayerSteering | None] | None) -> None:
         """Steer with one table per router, where None leaves a router unsteered; or stop steering, with None alone.
@@ -276,12 +296,13 @@ class Attachment:
         columns = (self._engines, self._statistics or nothing, self._steering or nothing)
         kinds: dict[object, int] = {}
         for engine, statistics, steering in zip(*columns, strict=True):
-            engine.configure(statistics, steering, self._on_choice)
+            engine.configure(statistics, steering, self._on_choice, self._on_logits)
             if statistics is not None:
                 layout = (statistics.metrics, statistics.entropy, statistics.segments is None)
                 kind = (engine.spec, *layout, statistics.device)
                 engine.cohort = kinds.setdefault(kind, len(kinds))
-        idle = self._statistics is None and self._steering is None and self._on_choice is None
+        nothing_set = self._statistics is None and self._steering is None and self._on_choice is None
+        idle = nothing_set and not self._on_logits
         if self._context.idle and not idle:
             self._context.lengths.forget()  # calls went by that were not seen
         self._context.idle = idle
@@ -421,10 +442,11 @@ def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering |
             f"router {router.name!r} (layer {router.layer}) cannot take a top_k above its own: "
             f"{type(router.module).__name__} has no more slots. Leave that layer out: plan.only(layers=[...])"
         )
-    if tables.replays and router.adapter.patches:
+    if (tables.replays or tables.functions) and router.adapter.patches:
+        what = "no table of tokens names" if tables.replays else "are no tokens that a function could be told of"
         raise ValueError(
-            f"router {router.name!r} (layer {router.layer}) routes patches of images, which no table of "
-            "tokens names: leave the layer out, plan.only(layers=[...])"
+            f"router {router.name!r} (layer {router.layer}) routes patches of images, which {what}: leave the layer "
+            "out, plan.only(layers=[...])"
         )
     return fitted(tables, router.name, router.spec)
 

@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 from moe_route import ops
 from moe_route.base.devices import CaptureRefusedError, capturing
 from moe_route.calls.call import recomputing
-from moe_route.calls.token_table import on_device
+from moe_route.calls.token_table import Tables, on_device
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import TokenTables
 from moe_route.modules.intercept import Change, ReplacedForward, number
@@ -40,6 +40,9 @@ from moe_route.routers.family import gate_logits, weight_dtype
 
 ChoiceCallback = Callable[[int, Tensor, Tensor], None]
 """Called with a layer, ids [T, k] (-1: an empty slot) and weights [T, k], after steering."""
+
+LogitsCallback = Callable[[int, Tensor], None]
+"""Called with a layer and the router's own logits [T, E], before any steering."""
 
 EMPTYING = frozenset(("force", "top_k", "remap"))  # steering tables that can leave a slot empty
 
@@ -70,17 +73,22 @@ class Engine(ABC):
         self.statistics: StatisticsTables | None = None
         self.steering: LayerSteering | None = None
         self.on_choice: ChoiceCallback | None = None
+        self.on_logits: tuple[LogitsCallback, ...] = ()
         self.cohort = -1  # engines with equal numbers are counted together (`deferred`)
 
     def configure(
-        self, statistics: StatisticsTables | None, steering: LayerSteering | None, on_choice: ChoiceCallback | None
+        self,
+        statistics: StatisticsTables | None,
+        steering: LayerSteering | None,
+        on_choice: ChoiceCallback | None,
+        on_logits: tuple[LogitsCallback, ...],
     ) -> None:
-        """Set the tables to count into, the steering, and the callback for choices."""
-        self.statistics, self.steering, self.on_choice = statistics, steering, on_choice
+        """Set the tables to count into, the steering, and the callbacks for choices and logits."""
+        self.statistics, self.steering, self.on_choice, self.on_logits = statistics, steering, on_choice, on_logits
         for tables in (statistics, steering):
             if tables is not None:
                 ops.load_kernels(self.router.num_experts, tables.device)
-        self.adapter.idle = statistics is None and steering is None and on_choice is None
+        self.adapter.idle = statistics is None and steering is None and on_choice is None and not on_logits
         self.adapter.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
 
     @abstractmethod
@@ -111,6 +119,17 @@ class Engine(ABC):
             weights = weights.new_zeros(shape).index_copy(0, rows, weights)
         self.on_choice(self.layer, ids, weights)
 
+    def show(self, logits: Tensor) -> None:
+        """Pass on the router's own logits, with NaN for tokens that this router was not given."""
+        if not self.on_logits or self.adapter.patches:
+            return
+        rows = self.adapter.token_subset()
+        if rows is not None:
+            shape = (self.context.num_tokens, logits.shape[1])
+            logits = logits.new_full(shape, torch.nan).index_copy(0, rows.to(logits.device), logits)
+        for callback in self.on_logits:
+            callback(self.layer, logits)
+
     def route(
         self,
         logits: Tensor,
@@ -139,7 +158,9 @@ class Engine(ABC):
         if own is None:
             with torch.no_grad():
                 given = {"choice": ops.route(logits, k, self.spec, **model)[1]}
-        given |= {"tokens": table, "counter": self.counter(logits), "entries": self.entries(logits)}
+        given |= {"tokens": table, "counter": self.counter(logits)}
+        given |= {"entries": self._of_tokens(self.context.entries, logits)}
+        given |= {"told": self._of_tokens(self.context.told, logits)}
         given |= {"statistics": statistics}
         weights, ids, steered = route_tokens(steering, logits, k, self.spec, **model, **given)
         return Choice(weights, ids, *steered)
@@ -156,13 +177,12 @@ class Engine(ABC):
                 return torch.arange(len(logits), device=device)
         return counter if rows is None else counter[rows.to(device)]
 
-    def entries(self, logits: Tensor) -> Tensor | None:
-        """Row in each table of recorded choices per token of the router, [T, M], or None if the labels have none."""
-        entries, rows, device = self.context.entries, self.adapter.token_subset(), logits.device
-        if not entries:
+    def _of_tokens(self, labels: Tables, logits: Tensor) -> Tensor | None:
+        """The labels of each token of the router, [T, M], or None if the call has none."""
+        if not labels:
             return None
-        of_tokens = on_device(entries, device)
-        return of_tokens if rows is None else of_tokens[rows.to(device)]
+        of_tokens, rows = on_device(labels, logits.device), self.adapter.token_subset()
+        return of_tokens if rows is None else of_tokens[rows.to(logits.device)]
 
     def steering_on(self, device: torch.device) -> LayerSteering:
         """The steering on the router's device: moved there once, or in every call, with gradient, if it is trained."""
@@ -189,17 +209,21 @@ class HookEngine(Engine):
         self.defers = False
 
     def configure(
-        self, statistics: StatisticsTables | None, steering: LayerSteering | None, on_choice: ChoiceCallback | None
+        self,
+        statistics: StatisticsTables | None,
+        steering: LayerSteering | None,
+        on_choice: ChoiceCallback | None,
+        on_logits: tuple[LogitsCallback, ...],
     ) -> None:
-        """Set the tables to count into, the steering, and the callback for choices."""
-        super().configure(statistics, steering, on_choice)
-        only_counts = statistics is not None and steering is None and on_choice is None
+        """Set the tables to count into, the steering, and the callbacks for choices and logits."""
+        super().configure(statistics, steering, on_choice, on_logits)
+        only_counts = statistics is not None and steering is None and on_choice is None and not on_logits
         self.defers = only_counts and self.keeps_output is True
 
     def may_defer(self, keeps_output: bool) -> None:
         """Called once it is known whether the model leaves the router's output unchanged."""
         self.keeps_output = keeps_output
-        self.configure(self.statistics, self.steering, self.on_choice)
+        self.configure(self.statistics, self.steering, self.on_choice, self.on_logits)
 
     def changes(self) -> Sequence[Change]:
         """The hook, as the router's adapter installs it."""
@@ -222,9 +246,12 @@ class HookEngine(Engine):
             return None
         # without steering nothing is kept for the backward pass, so that a checkpointed layer that runs again is not
         # counted
-        with torch.set_grad_enabled(self.steering is not None and torch.is_grad_enabled()):
+        keeps = self.steering is not None or bool(self.on_logits)
+        with torch.set_grad_enabled(keeps and torch.is_grad_enabled()):
             decision = self.adapter.read(args, output)
         table = self.table(decision.logits)  # begins a call if none is running
+        if not again:
+            self.show(decision.logits)
         if self.steering is not None and context.steers:
             steering = self.steering_on(decision.logits.device)
             return self._reroute(args, output, decision, table, steering, counted=not again)
@@ -311,6 +338,8 @@ class FusedEngine(Engine):
         statistics, args = None if again else self.statistics, (hidden, *arguments)
         k = number(module, family.top_k)
         own = self._own_choice(module, args, logits, k) if self.asks_model else None
+        if not again and not context.idle:
+            self.show(logits)
         routed = self.route(logits, k, table, steering, args, statistics, own)
         if not again:
             self.tell(routed.ids, routed.weights)

@@ -21,6 +21,7 @@ from moe_route.base.table import Table, printable
 from moe_route.steering import kinds
 from moe_route.steering.compile import CompiledPlan, HasExperts, compile_rules
 from moe_route.steering.explain import PlanDifference, PlanExplanation, compare, explain
+from moe_route.steering.functions import Function, RoutingFunction
 from moe_route.steering.model import PlanError, PlanFileError, PlanModel
 from moe_route.steering.rule import Experts, Rule, RuleContent, as_groups, as_phase, as_positions, rule_of
 from moe_route.steering.selection import ExpertSelection, random_permutation
@@ -85,9 +86,14 @@ class Plan:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules in a canonical order, independent of the order in which they were added."""
+        """The rules in a canonical order, independent of the order in which they were added.
+
+        Functions of ``apply`` come last, in the order in which they were added, since they run in it.
+        """
         if not self._ordered:  # sorted on first use, so that a sum of many plans sorts once
-            ordered = sorted(self._rules, key=lambda rule: files.canonical_json(rule.to_dict()))
+            free = (rule for rule in self._rules if not rule.ordered)
+            ordered = sorted(free, key=lambda rule: files.canonical_json(rule.to_dict()))
+            ordered += (rule for rule in self._rules if rule.ordered)
             object.__setattr__(self, "_rules", tuple(ordered))
             object.__setattr__(self, "_ordered", True)
         return self._rules
@@ -326,6 +332,38 @@ class Plan:
         return cls._of(kinds.Gumbel, None, layers, value=temperature, draw=seed)
 
     @classmethod
+    def apply(
+        cls,
+        function: Function,
+        layers: Iterable[int] | int | None = None,
+        *,
+        groups: Sequence[str] | str | None = None,
+        phase: str | None = None,
+    ) -> Plan:
+        """Apply a function of your own to the router logits: ``logits = function(logits, where)``.
+
+        It is called once per layer and call, with the tokens that meet the conditions and no padding: ``logits``
+        float32 [tokens, E], the model's own, before every other rule, and ``where``, which tells layer, sequence,
+        position, token id and phase of each (``contract.Where``). It returns logits of the same shape and dtype, on the
+        same device; gradients flow through it. -inf makes an expert the last to be chosen. A token whose logits it
+        leaves alone keeps every bit. Other rules, std and ``|z|`` among them, then see what it returned; the natural
+        choice that a recording counts stays the model's own. Several functions run in the order in which their plans
+        were added.
+
+        Works wherever Python runs in each call: a CUDA graph, ``torch.compile(fullgraph=True)`` and vLLM refuse it.
+        A layer that is checkpointed calls it again in the backward pass.
+
+        Saved, a plan holds the function's name and a hash of its source. One without a name that can be imported (a
+        lambda, an inner function) cannot be saved. Loading imports nothing: import the module of the function before
+        the plan steers.
+
+        Raises ``PlanError`` for what cannot be called. A call of the model raises ``ValueError`` or ``TypeError`` if
+        the function returns anything but such logits, or NaN where the logit was a number.
+        """
+        plan = cls([kinds.Apply.of(None, layers, function=RoutingFunction.of(function))])
+        return plan.only(groups=groups, phase=phase)
+
+    @classmethod
     def remap(cls, experts: Mapping[int, Mapping[int, int]], layers: Iterable[int] | int | None = None) -> Plan:
         """After selection, replace expert e of a layer by ``experts[layer][e]`` (-1: drop it).
 
@@ -421,7 +459,8 @@ class Plan:
     def hash(self) -> str:
         """SHA-256 (hex) of the rules and the model, the same for equal plans on any machine.
 
-        Include it in the cache key of steered results.
+        A function without a name that can be imported is told from others in this process only.
+        Include the hash in the cache key of steered results.
         """
         content = self._content_dict()
         del content["description"]
@@ -577,9 +616,18 @@ class Plan:
         return compile_rules(self.rules, routers, tuple(groups), self.hash)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content, from which ``from_dict`` makes an equal plan."""
+        """JSON-able content, from which ``from_dict`` makes an equal plan.
+
+        Raises ``PlanError`` for a function that cannot be imported by its name.
+        """
+        self._require_names()
         tables = {name: {**table.header(), table.field: table.to_list()} for name, table in self._tables().items()}
         return self._content_dict() | ({"tables": tables} if tables else {})
+
+    def _require_names(self) -> None:
+        for rule in self._rules:
+            if rule.function is not None:
+                rule.function.require_name()
 
     def _content_dict(self) -> dict[str, Any]:
         """``to_dict`` without the tables of values per token, which rules name by digest."""
@@ -616,11 +664,13 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to ``path``, whole or not at all.
 
-        A name that ends in ".json" gives JSON, to read, compare and edit; any other name gives safetensors.
+        A name that ends in ".json" gives JSON, to read, compare and edit; any other name gives safetensors. Raises
+        ``PlanError`` for a function that cannot be imported by its name.
         """
         if files.is_json(path):
             files.write_json(path, {"hash": self.hash, **self.to_dict()}, _KIND)
             return
+        self._require_names()
         tables = self._tables()
         headers = {name: {**table.header(), "field": table.field} for name, table in tables.items()}
         header = {**self._content_dict(), "tables": headers, "hash": self.hash}

@@ -18,6 +18,7 @@ import numpy as np
 from moe_route.base.schema import Natural, Tagged, meant
 from moe_route.calls.call import PHASES
 from moe_route.steering.cell import Cell, HasExperts
+from moe_route.steering.functions import RoutingFunction, function_of
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError
 from moe_route.steering.tables import SequenceTable
@@ -93,6 +94,7 @@ class Rule(ABC):
         absent: only experts that the router does not choose itself.
         draw: seed of a random control with as many experts, drawn per token, or of noise.
         table: values per token.
+        function: a user's own function of the logits.
 
     A class of ``kinds.py`` says with these what its rules are:
 
@@ -104,6 +106,8 @@ class Rule(ABC):
         table_type: class of its table.
         valued: whether coefficients are values, not factors of a strength.
         unmoved: why it changes no choice, if it never does.
+        ordered: whether rules of this kind act in the order in which a plan was added up; others act in any.
+        served: whether engines with their own model code (vLLM) can run it.
     """
 
     experts: tuple[tuple[int, tuple[tuple[int, float], ...]], ...] = ()
@@ -117,6 +121,7 @@ class Rule(ABC):
     absent: bool = False
     draw: int | None = None
     table: SequenceTable | None = None
+    function: RoutingFunction | None = None
 
     kind: ClassVar[str]
     shows: ClassVar[str]
@@ -126,6 +131,8 @@ class Rule(ABC):
     valued: ClassVar[bool] = False
     drawn: ClassVar[str] = "other experts for each token, drawn"
     unmoved: ClassVar[str] = ""
+    ordered: ClassVar[bool] = False
+    served: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -178,6 +185,7 @@ class Rule(ABC):
         mode: str | None = None,
         table: SequenceTable | None = None,
         draw: int | None = None,
+        function: RoutingFunction | None = None,
     ) -> Rule:
         """Make a checked rule from a user's arguments. ``factor`` multiplies the coefficient of every expert."""
         chosen = None if layers is None else _layers(layers)
@@ -195,6 +203,7 @@ class Rule(ABC):
             layers=chosen,
             table=table,
             draw=None if draw is None else index(draw),
+            function=function,
         ).checked()
 
     def checked(self) -> Rule:
@@ -202,6 +211,7 @@ class Rule(ABC):
         if self.mode not in self.modes:
             raise PlanError(f"{self.kind} has no mode {self.mode!r}: use one of {', '.join(map(repr, self.modes))}")
         given = {"value": self.value is not None, "experts": bool(self.experts), "table": self.table is not None}
+        given["function"] = self.function is not None
         named = [name for name, present in given.items() if present]
         if len(named) != 1 or named[0] not in self.fields:
             needed = next(shown for name, shown in _NEEDED.items() if name in self.fields)
@@ -323,7 +333,8 @@ class Rule(ABC):
                 f"a {self.kind} rule of single tokens cannot move to other layers: leave it out of the control"
             )
         experts = {layer: dict(pairs) for layer, pairs in self.experts} or None
-        return self._as_before(type(self).of(experts, layers, value=self.value, mode=self.mode, draw=self.draw))
+        made = type(self).of(experts, layers, value=self.value, mode=self.mode, draw=self.draw, function=self.function)
+        return self._as_before(made)
 
     def with_experts(self, experts: Experts) -> Rule:
         """The rule with other experts; unchanged if it names none."""
@@ -380,6 +391,8 @@ class Rule(ABC):
                 content[name] = list(getattr(self, name))
         if self.table is not None:
             content["table"] = self.table.digest
+        if self.function is not None:
+            content |= self.function.to_dict()
         return content
 
     @classmethod
@@ -389,7 +402,8 @@ class Rule(ABC):
         needed = [name for name in _NEEDED if name in cls.fields]
         keys: list[Any] = [("kind", Literal[cls.kind])]
         for name, hint in _KEYS.items():
-            if name in cls.fields or name in _CONDITIONS or (name == "mode" and len(cls.modes) > 1):
+            beside = (name == "mode" and len(cls.modes) > 1) or (name == "source" and "function" in cls.fields)
+            if name in cls.fields or name in _CONDITIONS or beside:
                 hint = Literal[tuple(cls.modes)] if name == "mode" else hint
                 keys.append((name, hint) if needed == [name] else (name, hint, field(default=None)))
         keys.sort(key=len)  # those that are required first
@@ -400,7 +414,7 @@ class Rule(ABC):
     def made(cls, content: Mapping[str, Any], said: Any, tables: Mapping[str, SequenceTable]) -> Rule:
         """The rule of ``content``, whose checked values are ``said``, as ``declared`` has them."""
         table = None
-        if "table" in content or cls.fields.isdisjoint(("experts", "value")):
+        if "table" in content or cls.fields.isdisjoint(("experts", "value", "function")):
             if said.table not in tables:
                 raise PlanError(f'there is no table "{said.table}": {meant(said.table, tables, "tables has")}')
             table = tables[said.table]
@@ -410,6 +424,7 @@ class Rule(ABC):
         made = cls.of(
             said.experts if "experts" in content or (table is None and "experts" in cls.fields) else None,
             table=table,
+            function=function_of(content),
             **given,
         )
         return replace(
@@ -458,7 +473,8 @@ class Rule(ABC):
         return "; ".join(conditions)
 
 
-_NEEDED = {"experts": "experts", "value": "a value", "table": "a table"}  # a rule has one of them
+# a rule has one of them
+_NEEDED = {"experts": "experts", "value": "a value", "table": "a table", "function": "a function"}
 _CONDITIONS = ("layers", "groups", "phase", "positions")
 _KEYS: Mapping[str, Any] = {  # of a rule in a file
     "experts": Mapping[Natural, tuple[Natural, ...] | Mapping[Natural, float]],
@@ -472,6 +488,8 @@ _KEYS: Mapping[str, Any] = {  # of a rule in a file
     "absent": bool,
     "draw": int | None,
     "table": str,
+    "function": str,
+    "source": str,
 }
 RuleContent = Annotated[Any, Tagged("kind", lambda: {kind: rule.declared() for kind, rule in KINDS.items()})]
 """A rule of any kind, in a file."""

@@ -150,6 +150,12 @@ class PlanTables:
     def compiled(self, plan: str | bytes, model: str, config_hash: str) -> CompiledPlan:
         """A plan, a file's path or content, for all layers. Raises ``PlanError`` for one of another model."""
         made = plan_of(plan)
+        refused = sorted({rule.kind for rule in made.rules if not rule.served})
+        if refused:
+            raise EngineNotSupportedError(
+                f"moe_route: vLLM cannot run rules of the kind {', '.join(refused)}, which call Python in every layer: "
+                "use mr.attach in transformers"
+            )
         layers = self._stage.layers
         made.check_model(model, config_hash=config_hash, num_experts=[layer.num_experts for layer in layers])
         return self.fitted(made.compile(layers, self._options.groups))
