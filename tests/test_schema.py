@@ -32,7 +32,7 @@ from moe_route.runs.job import Job
 
 SCHEMAS = Path(mr.__file__).parent / "data" / "schemas"
 
-_MODEL = {"name": "a", "config_hash": "b", "num_experts": [4, 4]}
+_MODEL = {"name": "a", "config_hash": "b", "num_experts": [4, 4], "router_hash": "c", "weights_hash": "d"}
 _WHERE = {"layers": [0], "groups": ["de"], "phase": "decode", "positions": [[0, 4], [9, None]]}
 _EXPERTS = {"kind": "", "experts": {"0": [1]}, "absent": True, "draw": 3, **_WHERE}
 _SOFT = {**_EXPERTS, "strength": 0.5}
@@ -56,6 +56,7 @@ _RULES = [
     {"kind": "fix_choice", "experts": {"0": {"1": 0}}, "draw": 1, **_WHERE},
     {"kind": "replay", "table": "i", "draw": 1, **_WHERE},
     {"kind": "gumbel", "value": 1.0, "draw": 1, **_WHERE},
+    {"kind": "apply", "function": "package.module:f", "source": "0", **_WHERE},
 ]
 _SOURCE = {"split": "dev", "fields": ["question"], "subset": "seen", "languages": None, "skip": 0, "limit": 2}
 _TASK = {"path": "", "kind": None, "subset": "seen", "category": None, "languages": None, "skip": 0, "limit": 1}
@@ -261,8 +262,14 @@ EXAMPLES: dict[str, Example] = {
             "sequences": True,
             "trace": [0],
             "trace_limit": 5,
+            "count_cached": True,
+            "routed_experts": False,
             "rows": 4,
             "any_version": False,
+            "save": "s.safetensors",
+            "every": 5.0,
+            "metrics_groups": ["a"],
+            "admin": False,
         },
         lambda _, content: Options.of({"moe_route": content}),
     ),
