@@ -176,9 +176,18 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise FileRefusedError(f"{path} is not text in UTF-8 ({error}): save it as UTF-8") from error
 
 
-def load_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a JSON file; see `parse_json`. Raises ``FileRefusedError``."""
-    return parse_json(read_text(path), os.fspath(path))
+def load_json(path: str | os.PathLike[str], *, foreign: bool = False) -> Any:
+    """The content of a JSON file; see `parse_json`. Raises ``FileRefusedError``.
+
+    One that another program wrote for itself (``foreign``) may hold NaN, and keys twice, as Python reads them.
+    """
+    text = read_text(path)
+    if not foreign:
+        return parse_json(text, os.fspath(path))
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise FileRefusedError(f"{path} is not JSON ({problem}): get it again") from problem
 
 
 def parse_json(text: str | bytes, source: str, error: type[ValueError] = FileRefusedError) -> Any:
