@@ -197,6 +197,8 @@ def _run_file(options: argparse.Namespace) -> Answer:
     plan = None if options.plan is None else load_plan(options.plan)
     work = texts(options)
     groups = list(dict.fromkeys(text.group for text in work))
+    if plan is not None:
+        plan.check_groups(groups)
     with attached_model(options) as (language_model, routed), ExitStack() as until_saved:
         with ExitStack() as stack:
             if plan is not None:

@@ -125,6 +125,8 @@ class TextRun:
         Texts run under their groups and items, also for a recording that is open.
         """
         sums = np.zeros(len(self.texts.ids))
+        if plan is not None:
+            plan.check_groups(self.groups)
         reach = Reach(() if plan is None else plan.rules)
         with nullcontext() if plan is None else self.routed.steer(plan, reach=reach):
             for batch in self._batches(caption):

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from moe_route.base import files, hub
-from moe_route.base.schema import Kind
+from moe_route.base.schema import Kind, meant
 from moe_route.base.table import Table, printable
 from moe_route.steering import kinds
 from moe_route.steering.compile import CompiledPlan, HasExperts, compile_rules
@@ -604,6 +604,16 @@ class Plan:
         # name
         same = self.model.config_hash is not None and self.model.config_hash == config_hash
         self.model.merged(PlanModel(None if same else name, config_hash, shape, router_hash, weights_hash))
+
+    def check_groups(self, groups: Iterable[str]) -> None:
+        """Raise ``PlanError`` for a rule on groups of which no text is, where ``groups`` are those of all texts."""
+        known = list(dict.fromkeys(groups))
+        for rule in self.rules:
+            for name in rule.groups or () if rule.groups and not set(rule.groups) & set(known) else ():
+                raise PlanError(
+                    f'the plan steers group "{name}", of which no text is: {meant(name, known)}; choose other texts, or '
+                    "the groups with plan.only(groups=...)"
+                )
 
     def compile(self, routers: Sequence[HasExperts], groups: Sequence[str] = ()) -> CompiledPlan:
         """Compile the plan to steering tables, one per layer, and the row of each (phase, group, position).

@@ -833,3 +833,11 @@ def test_a_rule_goes_through_each_file_once():
         sys.setprofile(None)
     way = ["steering.compile", "steering.rule", "steering.kinds", "steering.cell", "contract.tables"]
     assert files_of_functions == way
+
+
+def test_a_plan_for_groups_of_no_text_is_refused():
+    plan = Plan.forbid({0: [1]}).only(groups=["eng_Latm"])
+    with pytest.raises(PlanError, match=r'"eng_Latm".*did you mean "eng_Latn"'):
+        plan.check_groups(["eng_Latn", "deu_Latn"])
+    Plan.forbid({0: [1]}).check_groups([])
+    plan.only(groups=["eng_Latm"]).check_groups(["eng_Latm"])
