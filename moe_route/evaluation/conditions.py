@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from moe_route.analysis.recipes import plan_of
 from moe_route.evaluation.study import ControlSettings, Study, StudyError
@@ -34,7 +34,7 @@ class Setting:
     """One way to steer: which experts (`tau`), in which layers, and how."""
 
     tau: float
-    kind: str
+    kind: Literal["soft", "hard"]
     strength: float
     std: str
     layers: tuple[int, int]
