@@ -246,7 +246,8 @@ def read(hint: Any, value: Any, source: str, error: type[ValueError] = FileRefus
 def check(made: Any) -> None:
     """Raise ``ValueError`` unless the fields of a dataclass are as annotated: for a ``__post_init__``."""
     reader = _Reader(f"the {type(made).__name__.lower()}", ValueError)
-    for name, hint in _hints(made.__class__).items():
+    kind: Any = type(made)
+    for name, hint in _hints(kind).items():
         reader.value(hint, getattr(made, name), name)
 
 

@@ -609,10 +609,11 @@ class Plan:
         """Raise ``PlanError`` for a rule on groups of which no text is, where ``groups`` are those of all texts."""
         known = list(dict.fromkeys(groups))
         for rule in self.rules:
-            for name in rule.groups or () if rule.groups and not set(rule.groups) & set(known) else ():
+            if rule.groups and not set(rule.groups) & set(known):
+                name = rule.groups[0]
                 raise PlanError(
-                    f'the plan steers group "{name}", of which no text is: {meant(name, known)}; choose other texts, or '
-                    "the groups with plan.only(groups=...)"
+                    f'the plan steers group "{name}", of which no text is: {meant(name, known)}; choose other texts, '
+                    "or make the plan for these groups"
                 )
 
     def compile(self, routers: Sequence[HasExperts], groups: Sequence[str] = ()) -> CompiledPlan:
