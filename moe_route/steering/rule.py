@@ -20,7 +20,7 @@ from moe_route.steering.cell import Cell, HasExperts
 from moe_route.steering.functions import RoutingFunction, function_of
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError, refuse_unknown
-from moe_route.steering.tables import SequenceTable
+from moe_route.steering.tables import PlanTable
 
 Experts = Mapping[int, Iterable[int] | Mapping[int, float]] | Iterable[int]
 Spans = tuple[tuple[int, int | None], ...]  # half-open, increasing, not adjacent; None: to the end
@@ -119,14 +119,14 @@ class Rule(ABC):
     positions: Spans | None = None
     absent: bool = False
     draw: int | None = None
-    table: SequenceTable | None = None
+    table: PlanTable | None = None
     function: RoutingFunction | None = None
 
     kind: ClassVar[str]
     shows: ClassVar[str]
     fields: ClassVar[frozenset[str]]
     modes: ClassVar[Mapping[str, Any]] = {"": None}
-    table_type: ClassVar[type[SequenceTable] | None] = None
+    table_type: ClassVar[type[PlanTable] | None] = None
     valued: ClassVar[bool] = False
     drawn: ClassVar[str] = "other experts for each token, drawn"
     unmoved: ClassVar[str] = ""
@@ -182,7 +182,7 @@ class Rule(ABC):
         factor: float = 1.0,
         value: float | None = None,
         mode: str | None = None,
-        table: SequenceTable | None = None,
+        table: PlanTable | None = None,
         draw: int | None = None,
         function: RoutingFunction | None = None,
     ) -> Rule:
@@ -281,7 +281,7 @@ class Rule(ABC):
         if self.table is not None:
             self._check_table(self.table, routers)
 
-    def _check_table(self, table: SequenceTable, routers: Sequence[HasExperts]) -> None:
+    def _check_table(self, table: PlanTable, routers: Sequence[HasExperts]) -> None:
         if table.layers is None and table.values.shape[1] != len(routers):
             raise PlanError(
                 f"the {table.what} are of {table.values.shape[1]} layers, the model has {len(routers)} MoE layers: "
@@ -395,7 +395,7 @@ class Rule(ABC):
         return content
 
     @classmethod
-    def read(cls, content: Mapping[str, Any], tables: Mapping[str, SequenceTable]) -> Rule:
+    def read(cls, content: Mapping[str, Any], tables: Mapping[str, PlanTable]) -> Rule:
         """Rebuild a rule of this kind from ``to_dict``."""
         modes = {"mode"} if len(cls.modes) > 1 else set()
         source = {"source"} if "function" in cls.fields else set()
@@ -485,7 +485,7 @@ def _is(value: Any, types: tuple[type, ...]) -> bool:
     return isinstance(value, types) and (bool in types or not isinstance(value, bool))
 
 
-def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, SequenceTable] | None = None) -> Rule:
+def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, PlanTable] | None = None) -> Rule:
     """Rebuild a rule from ``Rule.to_dict`` and check it; raises ``PlanError`` for anything else.
 
     ``tables``: the tables of values per token, by the names that the content uses.
