@@ -139,8 +139,8 @@ def doc_pages() -> int:
 
 
 COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
-    "Python files of the package": (lambda: len(python_files()), 257),
-    "lines of them": (lambda: sum(map(lines, python_files())), 58_500),
+    "Python files of the package": (lambda: len(python_files()), 258),
+    "lines of them": (lambda: sum(map(lines, python_files())), 59_550),
     "lines of the longest": (lambda: max(map(lines, python_files())), 900),
     "files below 30 lines that are no face": (
         lambda: sum(lines(path) < 30 for path in python_files() if not path.name.startswith("__")),
@@ -151,7 +151,7 @@ COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
     "circles of imports": (lambda: sum(bool(circle(tree)) for tree in TREES), 0),
     "names of moe_route": (public_names, 25),
     "commands": (lambda: len(commands()), 34),
-    "options of commands": (options, 470),
+    "options of commands": (options, 471),
     "the word found": (lambda: words("found"), 204),
     "pages of docs": (doc_pages, 20),
 }

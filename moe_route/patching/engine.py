@@ -146,8 +146,8 @@ class Engine(ABC):
                 f"the experts of layer {self.layer} are given {len(ids)} tokens, their router {len(table)}: directions "
                 "cannot be added there; leave the layer out, plan.only(layers=[...])"
             )
-        there = [part.to(ids.device) for part in (table, ids, weights, logits)]
-        return self.directions.added(*there, self.spec.scale)
+        table, logits = table.to(ids.device), logits.to(ids.device)
+        return self.directions.added(table, ids, weights, logits, self.spec.scale)
 
     def route(
         self,

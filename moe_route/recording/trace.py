@@ -225,11 +225,11 @@ class TraceWriter(ChoiceObserver):
             torch.int8 if max((routers[layer].num_experts for layer in chosen), default=0) <= 128 else torch.int16
         )
         self._weights_dtype = self.weights_dtype = torch.float16 if weights == "float16" else torch.float32
-        self.logits_dtype = None if kept is None else getattr(torch, kept)
+        self.logits_dtype: torch.dtype | None = None if kept is None else getattr(torch, kept)
         self._widths = [routers[layer].num_experts for layer in chosen] if kept else []
         self._scores = tuple(routers[layer].spec.score for layer in chosen) if kept else ()
         self._most_waiting = _FLUSH_TOKENS
-        if kept and chosen:
+        if self.logits_dtype is not None and chosen:
             size = len(chosen) * max(self._widths) * self.logits_dtype.itemsize
             self._most_waiting = min(_FLUSH_TOKENS, max(1, _FLUSH_BYTES // size))
             logger.warning(

@@ -59,6 +59,7 @@ def test_record_traces_some_layers(answer, tmp_path: Path):
 
 def test_layers_without_a_trace_are_refused(moe_route, tmp_path: Path):
     refused(moe_route("record", "--out", tmp_path / "s.safetensors", "--trace-layers", "2"), "--trace")
+    refused(moe_route("record", "--out", tmp_path / "s.safetensors", "--trace-logits", "float16"), "--trace")
 
 
 def test_balance(answer, files):

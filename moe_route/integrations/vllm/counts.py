@@ -263,7 +263,9 @@ class StepTrace:
         empty = {"ids": np.zeros(shape, self._ids_dtype), "weights": np.zeros(shape, np.float16)}
         numbers = {"sequence": np.int32, "group": np.int32, "position": np.int32, "phase": np.uint8}
         empty |= {name: np.zeros(0, dtype) for name, dtype in numbers.items()}
-        columns = {name: np.concatenate([empty[name], *(chunk[name] for chunk in self._chunks)]) for name in _COLUMNS}
+        columns: dict[str, Any] = {
+            name: np.concatenate([empty[name], *(chunk[name] for chunk in self._chunks)]) for name in _COLUMNS
+        }
         token = np.full(len(columns["sequence"]), -1, np.int32)
         order = np.argsort(columns["sequence"], kind="stable")
         bounds = np.searchsorted(columns["sequence"][order], np.arange(1, len(self._requests)))
