@@ -87,7 +87,7 @@ class Trace:
                 "f" if floating else "iu"
             ):
                 raise ValueError(f"{name} is {column.dtype} {list(column.shape)}, with ids {list(shape)}")
-            if name in names and not (column.min(initial=0) >= 0 and column.max(initial=-1) < len(names[name])):
+            if name in names and column.size and not (column.min() >= 0 and column.max() < len(names[name])):
                 raise ValueError(f"{name} counts beyond its {len(names[name])} names")
 
     @classmethod

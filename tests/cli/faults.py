@@ -44,7 +44,7 @@ def prepared(folder: Path) -> dict[str, tuple[list[str], str]]:
         "vectors": (["record", *SMALL, "--vectors", "mean", "--force"], "vectors.safetensors"),
         "merge": (["merge", demo, demo, "--method", "linear"], "merged"),
         "merge again": (["merge", demo, demo, "--method", "linear", "--force"], "merged"),
-        "prune": (["prune", str(general), "--keep", "0.5", "--resamples", "0"], "smaller"),
+        "prune": (["prune", str(general), "--keep", "0.5", "--criterion", "frequency"], "smaller"),
         "upcycle": (["upcycle", str(folder / "dense"), "--languages", "eng_Latn,swh_Latn"], "sparse"),
         "experiment": (["experiment", "knockout", *SMALL, "--layers", "5"], "knockout"),
     }
