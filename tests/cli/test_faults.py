@@ -13,6 +13,7 @@ import pytest
 from harness.commands import refused
 
 from moe_route.base import files as files_module
+from moe_route.data import demo_model_folder
 
 pytest.importorskip("transformers")
 
@@ -54,7 +55,7 @@ def test_folders_that_are_files_and_files_that_are_folders(moe_route, files, tmp
     (tmp_path / "x.html").mkdir()
     refused(moe_route("report", files["general"], "--out", tmp_path / "file" / "x.html"), "file")
     refused(moe_route("report", files["general"], "--out", tmp_path / "x.html"), "is a folder")
-    refused(moe_route("merge", "demo", "demo", "--out", tmp_path / "file"), "file")
+    refused(moe_route("merge", demo_model_folder(), demo_model_folder(), "--out", tmp_path / "file"), "file")
     refused(moe_route("report", files["general"], "--out", "/proc/x.html"), "/proc/x.html was not written")
 
 
