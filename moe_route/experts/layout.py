@@ -154,6 +154,7 @@ _OWN_GATES = {
     "Glm5NextTextExperts": _OwnGate(limit="swiglu_limit", own_function=True),
     "GptOssExperts": _OwnGate("alternating", alpha="alpha", shift=1.0),
     "HYV4Experts": _OwnGate(limit="swiglu_limit", own_function=True),
+    "HYV4VLExperts": _OwnGate(limit="swiglu_limit", own_function=True),
     "MiniMaxM3VLExperts": _OwnGate(limit="swiglu_limit", alpha="swiglu_alpha", shift=1.0),
     "OpenAIPrivacyFilterExperts": _OwnGate(alpha="alpha", shift=1.0),
 }

@@ -22,6 +22,7 @@ EMULATED = next(backend for backend in BACKENDS if backend.emulated)
 OWN_CODE = {
     "BeamExperts": "computes the gate in float32 and rounds",
     "Inkling2Experts": "its act_fn takes gate and up",
+    "Inkling2LoopExperts": "its act_fn takes gate and up",
     "Step3p7Experts": "clamps after the activation",
 }
 

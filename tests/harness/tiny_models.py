@@ -103,6 +103,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {},
     "qwen3_next": _HYBRID | _DELTA,
     "qwen3_5_moe_text": _HYBRID | _DELTA,
+    "lara_mini": _DELTA
+    | {
+        "layer_types": ["linear_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 4,
+        "shared_expert_intermediate_size": 32,
+    },
     "qwen3_vl_moe_text": {},
     "deepseek_v2": _LATENT | {"topk_method": "greedy"},
     "deepseek_v2_with_groups": _LATENT | {"topk_method": "group_limited_greedy"},
@@ -157,6 +163,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "solar_open": _GROUPS,
     "hy_v3": {},
     "hy_v4": {"index_n_heads": 2, "index_head_dim": 16, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8},
+    "hy_v4_vl_text": {
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    },
     "minimax_m2": {},
     "minimax_m3_vl_text": {},
     "afmoe": {},
@@ -169,6 +183,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral_large4_text": _LATENT,
     "muse_spark_text": {"moe_hidden_size": 64},
     "inkling2_text": {},
+    "inkling2_loop_text": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2},
     "longcat_flash": _LATENT
     | {"ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "zero_expert_num": 4, "num_layers": 2},
     "gemma4_text": {
