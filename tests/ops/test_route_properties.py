@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.cuda for backend in NATIVE if backend.name == "cuda"]
 CHOSEN = [backend for backend in NATIVE if backend.instruction_set is None]
 
 
+@pytest.mark.native
 @given(problem=problems())
 def test_native_backends_have_the_same_bits(problem: Problem) -> None:
     first = problem.run(NATIVE[0])
@@ -145,6 +146,7 @@ def test_routing_without_statistics_is_the_same(problem: Problem) -> None:
         assert torch.equal(weights.view(torch.int32), routed.weights.view(torch.int32))
 
 
+@pytest.mark.native
 @given(problem=problems())
 def test_float64_logits_match_the_reference(problem: Problem) -> None:
     """float64 is computed in float64 by one instruction set; the reference is the oracle to its last bits."""
