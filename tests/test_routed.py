@@ -409,7 +409,7 @@ def test_the_options_of_record_are_in_its_signature(routed: mr.RoutedModel) -> N
     with pytest.warns(RuntimeWarning):
         shown = {name for name in dir(routed.record()) if not name.startswith("_")}
     assert shown == {"add_metadata", "groups", "labels", "on", "pause", "statistics", "trace"}
-    verbs = {"record", "steer", "learn", "labels", "statistics", "protect", "detach"}
+    verbs = {"record", "router_logits", "steer", "learn", "labels", "statistics", "protect", "detach"}
     assert {name for name in dir(routed) if not name.startswith("_")} == verbs | {
         "attachment",
         "model",
