@@ -151,7 +151,8 @@ def add_to_outputs(router: RouterInfo, adder: Adder) -> Sequence[Change]:
         if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
             raise _refusal(router, experts, "each of them is a module of its own")
         held = {len(p) for p in experts.parameters(recurse=False) if p.dim() == 3}
-        if held and router.num_experts not in held and len(held) == 1 and router.num_experts % held.pop() == 0:
+        a_part = len(held) == 1 and max(held) < router.num_experts and router.num_experts % max(held) == 0
+        if a_part or getattr(experts, "_is_expert_parallel", False):
             raise _refusal(router, experts, "this process holds a part of them only (expert parallelism)")
     except NoExpertOutputsError as error:
         raise NoExpertOutputsError(f"{error}. Leave the layer out: plan.only(layers=[...]).") from None

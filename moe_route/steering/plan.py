@@ -360,7 +360,8 @@ class Plan:
         after all ranks of tensor parallelism are summed. Several directions add up.
 
         Args:
-            directions: ``directions[layer][expert]``, a tensor, array or list [H] as long as the hidden states.
+            directions: ``directions[layer][expert]``, a tensor, array or list [H] as long as the hidden states (or as
+                the outputs of experts that run in a smaller space).
             layers: use these layers only.
             weight: "model" or "full".
             strength: c; ``plan * x`` multiplies it.
