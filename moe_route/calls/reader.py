@@ -105,25 +105,16 @@ class CallReader:
 
     def _counter(self, given: Mapping[str, object], device: torch.device) -> Tensor | None:
         """The length of the cache, if the cache keeps it on the device."""
-        cache = cache_among(given)
-        if not hasattr(cache, "get_seq_length"):
-            return None
-        try:
-            length = cache.get_seq_length()
-        except ValueError:
-            return None
+        length = _length_of(cache_among(given))
         return length if isinstance(length, Tensor) and length.device == device else None
 
     def _past_length(self, given: Mapping[str, object], length: int, lengths: CacheLengths) -> int:
         cache = cache_among(given)
-        if hasattr(cache, "get_seq_length"):
-            try:
-                past = cache.get_seq_length()
-                # a number above 0 is the length itself; a static cache reports 0 until it has its counter
-                return lengths.before(cache, past, length) if isinstance(past, Tensor) or not past else int(past)
-            except ValueError:  # caches of linear attention have no length; the mask may show it
-                pass
-        elif isinstance(cache, (tuple, list)) and cache:
+        past = _length_of(cache)
+        if past is not None:
+            # a number above 0 is the length itself; a static cache reports 0 until it has its counter
+            return lengths.before(cache, past, length) if isinstance(past, Tensor) or not past else int(past)
+        if isinstance(cache, (tuple, list)) and cache:
             return int(cache[0][0].shape[-2])
         position, mask = given.get("cache_position"), given.get("attention_mask")
         if isinstance(position, Tensor) and position.numel():
@@ -134,8 +125,21 @@ class CallReader:
 
 
 def cache_among(named: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a forward or the fields of its output, None where there is none."""
+    """The cache among the arguments of a forward or the fields of its output, None where there is none.
+
+    The mapping is walked, not asked: outputs of transformers warn when they are asked for an old name.
+    """
     return next((value for name, value in named.items() if name in _CACHES and value is not None), None)
+
+
+def _length_of(cache: Any) -> Any:
+    """Number of tokens in a cache, an int or a tensor; None without one, and where only the mask may show it."""
+    if not hasattr(cache, "get_seq_length"):
+        return None
+    try:
+        return cache.get_seq_length()
+    except ValueError:  # caches of linear attention alone have no length
+        return None
 
 
 def call_readers(model: nn.Module, names: Sequence[str]) -> list[tuple[nn.Module, CallReader]]:

@@ -1,7 +1,7 @@
 """The gate: score, steer, select, weigh and count router logits in one pass (see csrc/include/moe_route/gate.h).
 
-It runs on the CPU or a CUDA device, wherever the logits are. A bad argument raises ValueError naming it. Tensors on any
-other device raise torch's NotImplementedError.
+It runs wherever the logits are: by kernels on a CPU and a CUDA device, by torch on every other device (`ops.backend`
+says which). A bad argument raises ValueError naming it.
 """
 
 from __future__ import annotations

@@ -18,11 +18,20 @@ class Model(nn.Module):
         raise AssertionError("only its signature is read")
 
 
+class Renamed(nn.Module):
+    """The signature of transformers 5.24, whose models still take the older names of the cache as keywords."""
+
+    def forward(self, input_ids=None, attention_mask=None, cache=None, inputs_embeds=None, **kwargs):
+        raise AssertionError("only its signature is read")
+
+
 class Cache:
-    def __init__(self, length: int | Tensor) -> None:
+    def __init__(self, length: int | Tensor | None) -> None:
         self.length = length
 
     def get_seq_length(self) -> int | Tensor:
+        if self.length is None:
+            raise ValueError("a cache of linear attention alone has no length")
         return self.length
 
 
@@ -94,6 +103,24 @@ def test_right_padding_and_a_past_in_four_dimensions() -> None:
 def test_decode_with_a_four_dimensional_mask_is_valid() -> None:
     call = read(IDS[:, :1], causal(LEFT, past=4), past_key_values=Cache(torch.tensor(4)))
     assert (call.valid, call.phase, call.past_length) == (None, "decode", 4)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+@pytest.mark.parametrize("model", [Model, Renamed])
+def test_a_cache_is_read_by_every_name(model: type[nn.Module], name: str) -> None:
+    call = CallReader(model())((), {"input_ids": IDS[:, :1], name: Cache(7)})
+    assert call is not None
+    assert (call.past_length, call.phase) == (7, "decode")
+
+
+def test_a_cache_is_read_by_its_place() -> None:
+    call = CallReader(Renamed())((IDS[:, :1], None, Cache(7)), {})
+    assert call is not None
+    assert (call.past_length, call.phase) == (7, "decode")
+
+
+def test_the_mask_shows_the_past_of_a_cache_without_a_length() -> None:
+    assert read(IDS, torch.ones(2, 9), past_key_values=Cache(None)).past_length == 4
 
 
 def test_past_without_a_cache() -> None:

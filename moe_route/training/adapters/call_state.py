@@ -102,7 +102,7 @@ class CallState:
         if output is None or text is None or self.sequences is None:
             return
         text.length = self.sequences.call.past_length + self.sequences.call.length
-        cache = cache_among(output) if isinstance(output, Mapping) else None
+        cache = cache_among(output if isinstance(output, Mapping) else getattr(output, "__dict__", {}))
         if cache is not None and cache not in self._texts:
             self._keep(cache, text)
 
