@@ -1,5 +1,5 @@
-# make demo | findings | test | test-all | test-aarch64 | test-vllm | test-matrix | test-transformers | emulated | bench |
-#      lint | docs | wheel | test-wheel | release-check | clean
+# make demo | findings | test | test-all | test-aarch64 | test-sanitized | test-vllm | test-matrix | test-transformers |
+#      emulated | bench | lint | docs | wheel | test-wheel | release-check | clean
 # Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
 #   make test JOBS=1                             tests in one process
@@ -43,8 +43,8 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: build demo findings test test-all test-aarch64 vllm-env test-vllm test-matrix test-transformers emulated bench \
-  lint docs wheel test-wheel release-check clean
+.PHONY: build demo findings test test-all test-aarch64 test-sanitized vllm-env test-vllm test-matrix test-transformers \
+  emulated bench lint docs wheel test-wheel release-check clean
 
 build: $(VENV)/.built
 
@@ -93,6 +93,17 @@ test-aarch64: $(VENV)/.torch
 	  -DCMAKE_EXE_LINKER_FLAGS=-static
 	$(BIN)/cmake --build build/aarch64 -j $(JOBS) --target gate_test
 	$(QEMU) build/aarch64/gate_test
+
+# The operators through torch, with hostile arguments, in a library under AddressSanitizer and UndefinedBehaviorSanitizer,
+# which takes its kernels from the C++ tests that .ci/run has built there. GCC's runtime is loaded before Python, and beside
+# it libstdc++, whose exceptions it watches; leaks are not looked for, since Python keeps much until the end.
+RUNTIME = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+test-sanitized: $(VENV)/.with-test
+	@PATH="$(abspath $(BIN)):$$PATH" MOE_ROUTE_SANITIZE=address,undefined MOE_ROUTE_BUILD_DIR=build/asan MAX_JOBS=$(JOBS) \
+	  $(STEP) "library: under sanitizers" "$(BIN)/python setup.py --quiet build_ext --build-lib build/asan/lib"
+	LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  MOE_ROUTE_TEST_LIBRARY="$$(ls $(CURDIR)/build/asan/lib/moe_route/_C*.so)" \
+	  $(BIN)/python -m pytest -p no:xdist -k "not emulated" tests/ops/test_refusals.py
 
 # Inside stock vLLM, in an environment of its own that is kept by version: vLLM pins torch and transformers. The package
 # is read from this tree, and its entry point from metadata that are made without a build. torchvision from an index of

@@ -5,7 +5,8 @@ alone, made without a compiler and without torch), ``MOE_ROUTE_TORCH_DIR`` (the 
 cannot see it), ``MOE_ROUTE_CUDA`` = AUTO (CUDA kernels where there is a GPU, or ``CUDAARCHS`` is set, and that torch is
 a CUDA build and nvcc is found) | ON (or an error) | OFF, ``CUDACXX`` (nvcc), ``CUDAARCHS`` (default: of the GPU that is
 here; with ON ``80-real;90``, from CUDA 12.8 on ``100-real;120-real`` too),
-``MOE_ROUTE_BUILD_DIR`` (default ``build/cmake``; kept, so a rebuild compiles only what changed), ``MAX_JOBS``, ``CXX``.
+``MOE_ROUTE_BUILD_DIR`` (default ``build/cmake``; kept, so a rebuild compiles only what changed), ``MOE_ROUTE_SANITIZE``
+(``address,undefined``: for ``make test-sanitized``, in a build folder of its own), ``MAX_JOBS``, ``CXX``.
 """
 
 from __future__ import annotations
@@ -143,6 +144,8 @@ class CMakeBuild(build_ext):
             "MOE_ROUTE_VERSION": self.distribution.get_version(),
             "MOE_ROUTE_CUDA": os.environ.get("MOE_ROUTE_CUDA", "AUTO"),
         }
+        if sanitizers := os.environ.get("MOE_ROUTE_SANITIZE"):
+            defines["MOE_ROUTE_SANITIZE"] = sanitizers
         if ninja := shutil.which("ninja"):  # an isolated build has its own, and the kept folder remembers the last one
             defines["CMAKE_MAKE_PROGRAM"] = ninja
         if not (build / "CMakeCache.txt").is_file():

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from moe_route import __version__, ops
-from moe_route.base.identity import identity_of
+from moe_route.base.identity import identity_of, version_of
 from moe_route.base.table import ShownAsTables, Table
 from moe_route.experts.interface import experts_implementations, experts_paths
 from moe_route.ops import library
@@ -219,8 +219,8 @@ def _extra_line(name: str, extra: dict[str, Any]) -> str:
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+    except metadata.PackageNotFoundError:  # not installed, or loaded from a source tree
+        return version_of(distribution) if distribution in sys.modules else None
 
 
 def _extra(modules: dict[str, str]) -> dict[str, Any]:

@@ -23,21 +23,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_route.base.devices import Block, upload
-from moe_route.base.identity import identity_of, library_versions
+from moe_route.base.devices import Block, refuse_capture, upload
+from moe_route.base.identity import UNKNOWN, checkpoint_of, identity_of, library_versions, same_weights
 from moe_route.calls.call import PHASES, Call, NamedGroups, Phase, name_groups, named_groups
 from moe_route.calls.token_table import CallListener, Labels, broadcast_rows, columns, in_phases, rows_on_device
 from moe_route.contract.token_tables import entries, starts
 from moe_route.experts.interface import experts_implementations
+from moe_route.modules.intercept import untraced
 from moe_route.ops import library
 from moe_route.ops.token_rules import token_counter
-from moe_route.patching.attachment import Attachment
+from moe_route.patching.attachment import Attachment, attachment_of
 from moe_route.recording import LabelBlock, Recorder, RoutingStatistics
 from moe_route.recording.counting import DEFAULT_GROUP, Counting, RecordOptions
 from moe_route.recording.recorder import takes_record_options
 from moe_route.recording.special_tokens import special_ids_of
 from moe_route.routers.discovery import RouterInfo
-from moe_route.steering import CompiledPlan, ExpertSelection, LearnedRouting, Plan
+from moe_route.steering import CompiledPlan, ExpertSelection, LearnedRouting, Plan, Reach
 from moe_route.steering.learned import RoutingParameters, fit, frozen
 
 if TYPE_CHECKING:
@@ -48,16 +49,27 @@ def attach(
     model: nn.Module,
     *,
     engine: Literal["hook", "fused"] = "hook",
+    ties: Literal["index", "model"] = "index",
     experts_implementation: Literal["moe_route"] | None = None,
     pack: bool = False,
     verify: bool = True,
 ) -> RoutedModel:
-    """Attach to a loaded model. Its outputs stay bit for bit the same until a plan steers it.
+    """Attach to a loaded model. With a hook, its outputs stay bit for bit the same until a plan steers it.
 
     If attaching fails or is interrupted, the model is unchanged.
 
     Args:
-        engine: ``"hook"`` or ``"fused"``, see ``patching.Attachment``.
+        engine: ``"hook"`` reads what the router chose: while nothing steers, every bit of the model stays. ``"fused"``
+            runs the gate matrix and one ``route`` call in place of the router, with the same logits. Given one input, a
+            router then chooses the same experts unless its k-th and next score are tied: equal where it compares
+            logits or their softmax, within 4 units in the last place of its scores where it compares sigmoids, adds a
+            bias or keeps groups. Weights are rounded once: within 1 unit in the last place of the model's, in float32
+            within 8, and within 4 where the model computes scores in bfloat16 or float16. Logits after several layers
+            have no bound, since other experts may follow from a tie; docs/describe.md has the whole contract.
+        ties: with ``"fused"``, who chooses among tied scores. ``"index"``: the larger logit, then the lower index.
+            ``"model"``: the model's own router runs for every call in which a row is tied, so that it chooses the same
+            experts throughout. That asks the host in every layer, and is refused under ``torch.compile`` and in CUDA
+            graphs.
         experts_implementation: ``None`` keeps the model's own; ``"moe_route"`` runs its experts by this package's
             dispatch and combine (equal within bounds), until ``detach`` restores the former one.
         pack: with ``"moe_route"`` on a CPU, keep a packed copy of the experts' weights until ``detach``: faster from
@@ -70,7 +82,12 @@ def attach(
     attachment = None
     try:
         attachment = Attachment(
-            model, engine=engine, experts_implementation=experts_implementation, pack=pack, verify=verify
+            model,
+            engine=engine,
+            ties=ties,
+            experts_implementation=experts_implementation,
+            pack=pack,
+            verify=verify,
         )
         return RoutedModel(attachment)
     except BaseException:
@@ -86,7 +103,10 @@ class RoutedModel:
         self.attachment = attachment
         self.model = attachment.model
         self._plans: dict[object, Plan] = {}  # plans of the active steer blocks
+        self._reaches: dict[object, Reach] = {}  # and what they have reached
         self._protected: ExpertSelection | None = None
+        self._hashed: tuple[list[tuple[int, int]], dict[str, str]] | None = None  # versions of the weights, hashes
+        self._unknown: set[str] = set()  # plans that were warned of
         self._applied = True  # whether the attachment steers by these plans
         self._calls = attachment.listener = _Calls()
 
@@ -152,34 +172,49 @@ class RoutedModel:
                 "replays"
             )
         block = LabelBlock.parse(DEFAULT_GROUP if groups is None else groups, items, count_mask, None)
-        return Block("labels(...)", self._labeled(block, named_groups() if groups is None else block.named))
+        return Block("labels(...)", _labeling(self._calls, block, named_groups() if groups is None else block.named))
+
+    def router_logits(self) -> Block[dict[int, Tensor]]:
+        """See the logits of every router: ``with routed.router_logits() as logits: model(**inputs)``.
+
+        The dict holds the logits of the latest call by MoE layer, ``[B, T, E]`` in the router's dtype, with their
+        gradient, also of models that compute logits and drop them. They are the router's own, before any steering, of
+        padding too; NaN for a token that the layer was not given. Routers of a vision tower are left out. A CUDA graph
+        that is being captured is refused.
+
+        Raises ``RuntimeError`` after ``detach``.
+        """
+        self._require_attached("read router logits")
+        return Block("routed.router_logits()", self._reading_logits())
 
     @contextlib.contextmanager
-    def _labeled(self, block: LabelBlock, named: NamedGroups | None) -> Iterator[None]:
-        calls = self._calls
-        if calls.block is not None:
-            raise RuntimeError(
-                "labels() inside labels(): leave the first block first, a sequence has one set of labels"
-            )
-        before, name = named_groups(), name_groups  # a name of its own: modules may end first
+    def _reading_logits(self) -> Iterator[dict[int, Tensor]]:
+        seen: dict[int, Tensor] = {}
+
+        @untraced
+        def keep(layer: int, logits: Tensor) -> None:
+            refuse_capture(logits.device, "reading router logits")
+            seen[layer] = logits.unflatten(0, self.attachment.call_shape(len(logits)))
+
         try:
             try:
-                calls.block = block
-                name(named)
-                yield
+                self.attachment.watch_logits(keep)
+                yield seen
             finally:
-                name(before)
-                calls.block = None
+                self.attachment.unwatch_logits(keep)
         finally:
-            name(before)
-            calls.block = None  # again, if an interrupt stopped the first attempt
+            self.attachment.unwatch_logits(keep)  # continues where an interrupt stopped the first attempt
 
     # ---- steer
 
-    def steer(self, plan: Plan) -> Block[RoutedModel]:
+    def steer(self, plan: Plan, *, reach: Reach | None = None) -> Block[RoutedModel]:
         """Steer by ``plan`` inside the block; plans of nested blocks add up.
 
         A recording meanwhile keeps the plan's hash, and counts the natural choice beside the steered one.
+
+        A block that ends warns (``RuntimeWarning``) of each rule that reached no token of its calls, because its group,
+        phase or positions never came. ``reach`` gathers this over several blocks of one plan, which then say nothing:
+        ``reach.warn()`` says it after the last.
 
         Entering the block raises ``steering.PlanError`` for a plan that was made for another model or names layers and
         experts that this one lacks, ``ValueError`` for a router that cannot be steered, and ``RuntimeError`` after
@@ -188,7 +223,7 @@ class RoutedModel:
         if not isinstance(plan, Plan):
             raise TypeError(f"steer takes a Plan, not {type(plan).__name__}: Plan.activate(experts), Plan.load(path)")
         self._warn_of_protected(plan)
-        return Block("routed.steer(plan)", self._steered(plan))
+        return Block("routed.steer(plan)", self._steered(plan, reach))
 
     def protect(self, experts: Mapping[int, Iterable[int]] | None) -> None:
         """Warn from now on when a plan names one of these experts (layer -> ids); None ends it.
@@ -210,13 +245,17 @@ class RoutedModel:
             )
 
     @contextlib.contextmanager
-    def _steered(self, plan: Plan) -> Iterator[RoutedModel]:
+    def _steered(self, plan: Plan, reach: Reach | None) -> Iterator[RoutedModel]:
         self._require_attached("steer")
         block = object()  # a key per block, since blocks may end in any order
+        own = Reach(plan.rules) if reach is None else reach
         try:
             try:
+                self._reaches[block] = own
                 self._apply({**self._plans, block: plan})
                 yield self
+                if reach is None:
+                    own.warn(stacklevel=5)
             finally:
                 self._end_steering(block)
         finally:
@@ -226,6 +265,7 @@ class RoutedModel:
         # A block still open when the interpreter ends is closed after its modules are gone: nothing is left to steer.
         if finalizing():
             return
+        self._reaches.pop(block, None)
         if block in self._plans or not self._applied:
             self._apply({other: plan for other, plan in self._plans.items() if other is not block})
 
@@ -235,18 +275,44 @@ class RoutedModel:
 
     def _compiled(self, plan: Plan) -> CompiledPlan:
         """The plan, checked against the live model and compiled for it."""
-        identity = identity_of(self.model)
-        experts = [router.num_experts for router in self.routers]
-        plan.check_model(identity["name"], config_hash=identity["config_hash"], num_experts=experts)
+        made = self._identity(plan.model.router_hash, plan.model.weights_hash)
+        plan.check_model(made.pop("name"), **made)
+        if plan.model.weights_hash and same_weights(plan.model.weights_hash, made.get("weights_hash")) is None:
+            self._warn_of_unknown(plan)
         # tokens of groups that the plan does not name take the row of tokens without a group
         groups = tuple(dict.fromkeys(group for rule in plan.rules for group in rule.groups or ()))
         return plan.compile(self.routers, groups)
+
+    def _identity(self, *needed: str | None) -> dict[str, Any]:
+        """What a plan is compared with: the hashes of the weights only where the plan has one to compare."""
+        identity = identity_of(self.model)
+        experts = [router.num_experts for router in self.routers]
+        made = {"name": identity["name"], "config_hash": identity["config_hash"], "num_experts": experts}
+        if set(needed) - {None, UNKNOWN}:
+            now = [(id(p), p._version if not p.is_inference() else 0) for p in self.model.parameters()]
+            if self._hashed is None or self._hashed[0] != now:
+                self._hashed = now, _checkpoint(self.attachment)
+            made |= self._hashed[1]
+        return made
+
+    def _warn_of_unknown(self, plan: Plan) -> None:
+        """Warn once per plan that nothing tells whether it was made for this checkpoint."""
+        if plan.hash in self._unknown:
+            return
+        self._unknown.add(plan.hash)
+        warnings.warn(
+            "whether this plan was made for these weights is unknown (float16, quantized, offloaded, divided among "
+            "ranks, or of another layout): it steers by its layers and experts all the same",
+            RuntimeWarning,
+            stacklevel=6,
+        )
 
     def _set(self, plans: Mapping[object, Plan], steering: _ActivePlan | None) -> None:
         tables = None if steering is None else steering.compiled.tables
         self._applied = False
         self.attachment.set_steering(tables)
         self._plans, self._calls.steering = dict(plans), steering
+        self._calls.reaches = tuple(reach for block, reach in self._reaches.items() if block in plans)
         if steering is not None and self._calls.recording is not None:
             self._calls.recording.note_plan(steering.compiled.plan_hash)
         self._applied = True
@@ -294,12 +360,8 @@ class RoutedModel:
                 )
         finally:
             self._apply({})
-        identity = identity_of(self.model)
-        plan = parameters.plan().for_model(
-            identity["name"],
-            config_hash=identity["config_hash"],
-            num_experts=[router.num_experts for router in self.routers],
-        )
+        made = self._identity("learned")
+        plan = parameters.plan().for_model(made.pop("name"), **made)
         return LearnedRouting(plan, tuple(losses), what, parameters.layers, parameters.groups, parameters.found())
 
     # ---- detach
@@ -362,6 +424,10 @@ def _added(plans: Iterable[Plan]) -> Plan | None:
     return sum(plans) or None
 
 
+def _checkpoint(attachment: Attachment) -> dict[str, str]:
+    return checkpoint_of(attachment.model, [router.weights for router in attachment.routers])
+
+
 class _Calls(CallListener):
     """Answers the attachment for each call of the model: by the recorder that is on, the labels, and the plan.
 
@@ -370,6 +436,7 @@ class _Calls(CallListener):
         counting: the active recording, or the last one.
         block: labels given without a recording.
         steering: the plan that steers.
+        reaches: what the plans of the active steer blocks have reached.
     """
 
     def __init__(self) -> None:
@@ -377,11 +444,17 @@ class _Calls(CallListener):
         self.counting: Counting | None = None
         self.block: LabelBlock | None = None
         self.steering: _ActivePlan | None = None
+        self.reaches: tuple[Reach, ...] = ()
 
     @property
     def recording(self) -> Counting | None:
         """The recording that is on."""
         return self.counting if self.counting is not None and self.counting.on else None
+
+    @property
+    def labeled(self) -> bool:
+        """Whether a block of labels is active."""
+        return self.block is not None or (self.recording is not None and self.recording.block is not None)
 
     def labels_of(self, call: Call) -> Labels:
         recording, steering = self.recording, self.steering
@@ -389,7 +462,9 @@ class _Calls(CallListener):
         if steering is not None:
             block = (None if recording is None else recording.block) or self.block
             labels.steering_row, labels.entries = steering.rows(call, block), steering.entries(call, block)
-            labels.counter = steering.counter(call)
+            labels.counter, labels.told = steering.counter(call), steering.told(call)
+            for reach in self.reaches:
+                reach.note(call, block)
         return labels
 
     def after_call(self, call: Call) -> None:
@@ -399,6 +474,52 @@ class _Calls(CallListener):
     def reject_drafts(self, count: int) -> None:
         if self.counting is not None:
             self.counting.reject_drafts(count)
+
+
+@contextlib.contextmanager
+def _labeling(calls: _Calls, block: LabelBlock, named: NamedGroups | None) -> Iterator[None]:
+    """Label the calls of a model outside a recording."""
+    if calls.block is not None:
+        raise RuntimeError("labels() inside labels(): leave the first block first, a sequence has one set of labels")
+    before, name = named_groups(), name_groups  # a name of its own: modules may end first
+    try:
+        try:
+            calls.block = block
+            name(named)
+            yield
+        finally:
+            name(before)
+            calls.block = None
+    finally:
+        name(before)
+        calls.block = None  # again, if an interrupt stopped the first attempt
+
+
+@contextlib.contextmanager
+def labeled_texts(model: nn.Module, groups: Sequence[str], items: Sequence[str | int]) -> Iterator[None]:
+    """Label the sequences of a batch of ``model`` by group and item, unless the caller's own labels are active.
+
+    They reach what ``RoutedModel.labels`` reaches: a recording, a plan, and adapters that are chosen by group. A
+    recording that keeps sequences keeps these without an item, since one text may run several times.
+    """
+    attachment = attachment_of(model)
+    calls = attachment.listener if attachment is not None and isinstance(attachment.listener, _Calls) else None
+    recording = None if calls is None else calls.recording
+    if named_groups() is not None or (calls is not None and calls.labeled):
+        yield
+    elif calls is None:
+        name_groups(LabelBlock.parse(groups, None, None, None).named)
+        try:
+            yield
+        finally:
+            name_groups(None)
+    elif recording is not None and calls.recorder is not None:
+        with calls.recorder.labels(groups, None if recording.keeps_sequences else items):
+            yield
+    else:
+        block = LabelBlock.parse(groups, items, None, None)
+        with _labeling(calls, block, block.named):
+            yield
 
 
 class _RoutedRecorder(Recorder):
@@ -422,8 +543,21 @@ class _RoutedRecorder(Recorder):
         assert calls is not None  # `_refuse_entry` ran before
         if calls.steering is not None:
             self._counting.note_plan(calls.steering.compiled.plan_hash)
+        self._counting.note_checkpoint(_checkpoint(self._attachment))
         super()._begin()
         calls.recorder, calls.counting = self, self._counting
+
+    def __exit__(self, *failure: object) -> None:
+        try:
+            super().__exit__(*failure)
+        finally:
+            if failure[0] is None:
+                self._counting.note_checkpoint(_checkpoint(self._attachment))
+
+    def statistics(self) -> RoutingStatistics:
+        if self.on:
+            self._counting.note_checkpoint(_checkpoint(self._attachment))
+        return super().statistics()
 
 
 class _ActivePlan:
@@ -478,6 +612,21 @@ class _ActivePlan:
         ids = call.input_ids
         shaped = ids is not None and ids.shape == (call.batch, call.length)
         return token_counter(call.positions(), ids if shaped else None)
+
+    def told(self, call: Call) -> Tensor | None:
+        """int64 ``[batch, length, 4]``: what functions are told of each token, or None if the plan has none."""
+        if not self.compiled.applies:
+            return None
+        shape, ids = (call.batch, call.length), call.input_ids
+        column = torch.arange(call.length, device=call.device)
+        decode = (column >= call.prompt) & (call.phase == "decode")
+        columns = (
+            torch.arange(call.batch, device=call.device)[:, None],
+            call.tokens_before(),
+            torch.full((1, 1), -1, device=call.device) if ids is None or ids.shape != shape else ids,
+            decode[None],
+        )
+        return torch.stack([values.to(torch.int64).expand(shape) for values in columns], -1)
 
     def entries(self, call: Call, block: LabelBlock | None) -> Tensor | None:
         """int64 ``[batch, length, M]``: row of each token in each of M tables of values per token, -1 for none.

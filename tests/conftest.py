@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from harness.browser import browser as browser  # a fixture
-from harness.hidden_library import HIDDEN, KERNEL_TESTS, hide
+from harness.hidden_library import HIDDEN, KERNEL_TESTS, OTHER, hide, replace
 from harness.tiny_models import MECHANISMS
 from harness.whole_models import ROWS
 from hypothesis import HealthCheck, settings
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 if HIDDEN:
     hide()
     collect_ignore = list(KERNEL_TESTS)
+elif OTHER:
+    replace()
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("default", max_examples=80, derandomize=True, print_blob=True, **_COMMON)

@@ -22,7 +22,7 @@ from harness.tiny_models import MAIN, tiny_model, tokens
 from torch import nn
 
 import moe_route as mr
-from moe_route.base.identity import config_hash
+from moe_route.base.identity import checkpoint_of, config_hash
 from moe_route.patching import AlreadyAttachedError
 from moe_route.recording import Recorder, RecordingError
 from moe_route.routers import ModelNotSupportedError
@@ -249,6 +249,7 @@ def test_statistics_and_plans_know_their_model(model: nn.Module, routed: mr.Rout
         "name": None,
         "class": "Qwen3MoeForCausalLM",
         "config_hash": config_hash(model),
+        **checkpoint_of(model, [router.weights for router in routed.routers]),
     }
     assert {"torch", "transformers", "moe-route", "python"} <= stats.metadata["versions"].keys()
     other = tiny_model("qwen3_moe", head=True, hidden_size=32)
@@ -409,7 +410,7 @@ def test_the_options_of_record_are_in_its_signature(routed: mr.RoutedModel) -> N
     with pytest.warns(RuntimeWarning):
         shown = {name for name in dir(routed.record()) if not name.startswith("_")}
     assert shown == {"add_metadata", "groups", "labels", "on", "pause", "statistics", "trace"}
-    verbs = {"record", "steer", "learn", "labels", "statistics", "protect", "detach"}
+    verbs = {"record", "steer", "learn", "labels", "router_logits", "statistics", "protect", "detach"}
     assert {name for name in dir(routed) if not name.startswith("_")} == verbs | {
         "attachment",
         "model",

@@ -37,7 +37,7 @@ void gate_rows(const GateArgs& args, int64_t begin, int64_t end) {
   check(args);
   const GateBackend backend = gate_backend(args.logits_type);
   const std::unique_ptr<void, AlignedDelete> workspace(
-      ::operator new(backend.workspace_bytes(args.experts), std::align_val_t{64}));
+      ::operator new(backend.workspace_bytes(args.experts, end - begin), std::align_val_t{64}));
   backend.rows(args, begin, end, workspace.get());
 }
 

@@ -9,7 +9,7 @@ namespace moe_route::cpu {
 GateBackend gate_avx512() {
   return {RowGate<Lanes>::workspace_bytes,
           [](const GateArgs& args, int64_t begin, int64_t end, void* workspace) {
-            RowGate<Lanes>(args, workspace).rows(begin, end);
+            RowGate<Lanes>(args, end - begin, workspace).rows(begin, end);
           }};
 }
 

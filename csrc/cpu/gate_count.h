@@ -56,6 +56,13 @@ class Tally {
     group_ = group, segment_ = segment;
   }
 
+  bool wants(StatPlane planes) const { return tables_.planes & planes; }
+  // To the labels turned to.
+  void add(StatScalar scalar, int64_t sum) { sums_[scalar] += sum; }
+  void add(StatPlane bit, int e, int64_t sum) {
+    if (int64_t* sums = plane(bit)) sums[e] += sum;
+  }
+
   void token(int slots, bool steered) {
     sums_[kStatTokens] += 1;
     sums_[kStatSlots] += slots;

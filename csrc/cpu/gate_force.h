@@ -36,12 +36,17 @@ class ForcedChoice {
       : w_(w), row_(row), values_(values), experts_(experts), slots_(slots), ids_(ids) {}
 
   // Says how many were chosen, at most `slots`; their ids are in `ids`. listed: free experts on the short list.
-  int choose(int listed) const {
+  // ranked: their ids, best first, if they are sorted already.
+  int choose(int listed, const int32_t* ranked) const {
     const int on = row_.on_count < slots_ ? row_.on_count : slots_;
     // First, since the short list is in the memory that ranking the others needs.
-    const int free =
-        on < slots_ ? select_listed<F>(w_, w_.masked, vectors_of(experts_), slots_ - on, listed, ids_ + on)
-                    : 0;
+    int free = 0;
+    if (ranked) {
+      free = slots_ - on;
+      for (int j = 0; j < free; ++j) ids_[on + j] = ranked[j];
+    } else if (on < slots_) {
+      free = select_listed<F>(w_, w_.masked, vectors_of(experts_), slots_ - on, listed, ids_ + on);
+    }
     rank_class(row_.on, row_.on_count, on, ids_);
     const int chosen = append_nan(values_, experts_, slots_, on + free, ids_,
                                   [this](int e) { return row_.force[e] == kForceNone; });

@@ -47,6 +47,7 @@ inline Ints count_where(Ints a, Mask m) {  // a true lane is -1
 inline Ints shift_right(Ints a, int n) { return {_mm256_srai_epi32(a.low, n), _mm256_srai_epi32(a.high, n)}; }
 
 struct Lanes;
+struct SortKeys;
 
 struct FixedSums {
   __m256i four[4];
@@ -60,6 +61,8 @@ struct Lanes {
   using Int = Ints;
   using Fixed = FixedSums;
   using Mask = cpu::Mask;
+  using Keys = SortKeys;
+  static constexpr bool kTransposes = true;
   __m256 low, high;
 
   Lanes() = default;
@@ -68,23 +71,27 @@ struct Lanes {
 
   static Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static Lanes load_partial(const float* p, int count) {
-    alignas(32) float present[16];
-    for (int i = 0; i < 16; ++i) present[i] = i < count ? p[i] : __builtin_nanf("");
-    return load(present);
-  }
-  static Lanes load_bfloat16(const uint16_t* p) {
-    const auto widen = [](const uint16_t* half) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half));
-      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const auto half = [lane](const float* q, int present) {
+      const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(present), lane);
+      const __m256 none = _mm256_set1_ps(__builtin_nanf(""));
+      return _mm256_blendv_ps(none, _mm256_maskload_ps(q, mask), _mm256_castsi256_ps(mask));
     };
-    return {widen(p), widen(p + 8)};
+    return {half(p, count), half(p + 8, count - 8)};
   }
-  static Lanes load_float16(const uint16_t* p) {
-    const auto widen = [](const uint16_t* half) {
-      return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half)));
-    };
-    return {widen(p), widen(p + 8)};
+  static __m256 bfloat16(const uint16_t* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
   }
+  static __m256 float16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Lanes load_bfloat16(const uint16_t* p) { return {bfloat16(p), bfloat16(p + 8)}; }
+  static Lanes load_float16(const uint16_t* p) { return {float16(p), float16(p + 8)}; }
+  // Lanes 0 to 7 from a, 8 to 15 from b.
+  static Lanes pair(const float* a, const float* b) { return {_mm256_loadu_ps(a), _mm256_loadu_ps(b)}; }
+  static Lanes pair_bfloat16(const uint16_t* a, const uint16_t* b) { return {bfloat16(a), bfloat16(b)}; }
+  static Lanes pair_float16(const uint16_t* a, const uint16_t* b) { return {float16(a), float16(b)}; }
   void store(float* p) const {
     _mm256_storeu_ps(p, low);
     _mm256_storeu_ps(p + 8, high);
@@ -123,6 +130,7 @@ inline Lanes abs(Lanes a) {
 }
 inline Ints as_int(Lanes a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
 inline Lanes as_float(Ints a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
+inline Ints to_int(Lanes a) { return {_mm256_cvttps_epi32(a.low), _mm256_cvttps_epi32(a.high)}; }
 inline Lanes to_float(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 inline Lanes select(Mask m, Lanes yes, Lanes no) {
   return {_mm256_blendv_ps(no.low, yes.low, m.low), _mm256_blendv_ps(no.high, yes.high, m.high)};
@@ -191,6 +199,101 @@ inline int append_half(__m256 values, __m256 mask, int first_id, float* out, int
 inline int append(Lanes values, Mask m, int first_id, float* out, int32_t* ids, int count) {
   count = append_half(values.low, m.low, first_id, out, ids, count);
   return append_half(values.high, m.high, first_id + 8, out, ids, count);
+}
+
+inline void transpose8(__m256 (&rows)[8]) {
+  const auto pairs = [](__m256 a) { return _mm256_castps_pd(a); };
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      rows[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(pairs(t[i + j]), pairs(t[i + j + 2])));
+      rows[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(pairs(t[i + j]), pairs(t[i + j + 2])));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) rows[i] = t[i];
+}
+// rows[c] becomes lane c of every row.
+inline void transpose(Lanes (&rows)[16]) {
+  __m256 blocks[4][8];
+  for (int i = 0; i < 8; ++i) {
+    blocks[0][i] = rows[i].low, blocks[1][i] = rows[i + 8].low;
+    blocks[2][i] = rows[i].high, blocks[3][i] = rows[i + 8].high;
+  }
+  for (auto& block : blocks) transpose8(block);
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = {blocks[0][i], blocks[1][i]};
+    rows[i + 8] = {blocks[2][i], blocks[3][i]};
+  }
+}
+
+// rows[i] holds eight lanes of rows i and i + 4, rows[i + 4] those of rows i + 8 and i + 12, for i < 4; rows[c] becomes
+// lane c of all sixteen.
+inline void transpose_pairs(Lanes (&rows)[8]) {
+  __m256 first[8], second[8];
+  for (int i = 0; i < 4; ++i) {
+    first[i] = rows[i].low, first[i + 4] = rows[i].high;
+    second[i] = rows[i + 4].low, second[i + 4] = rows[i + 4].high;
+  }
+  transpose8(first);
+  transpose8(second);
+  for (int i = 0; i < 8; ++i) rows[i] = {first[i], second[i]};
+}
+// low, high: a[0], b[0], a[1], b[1] and so on.
+inline void zip(Lanes a, Lanes b, Lanes& low, Lanes& high) {
+  const auto zip8 = [](__m256 x, __m256 y) {
+    const __m256 even = _mm256_unpacklo_ps(x, y), odd = _mm256_unpackhi_ps(x, y);
+    return Lanes(_mm256_permute2f128_ps(even, odd, 0x20), _mm256_permute2f128_ps(even, odd, 0x31));
+  };
+  low = zip8(a.low, b.low);
+  high = zip8(a.high, b.high);
+}
+
+struct SortKeys {
+  __m256d v;
+  static constexpr int kRows = 4;
+  static void load(const float* const* values, const int32_t* const* ids, SortKeys (&slots)[16]);
+  void store(float* values, int32_t* ids) const;
+};
+inline SortKeys larger(SortKeys a, SortKeys b) { return {_mm256_max_pd(a.v, b.v)}; }
+inline SortKeys smaller(SortKeys a, SortKeys b) { return {_mm256_min_pd(a.v, b.v)}; }
+inline void SortKeys::load(const float* const* values, const int32_t* const* ids, SortKeys (&slots)[16]) {
+  for (int half = 0; half < 16; half += 8) {
+    __m256d low[4], high[4];
+    for (int r = 0; r < 4; ++r) {
+      const __m256 x = _mm256_add_ps(_mm256_loadu_ps(values[r] + half), _mm256_setzero_ps());
+      const __m256i key = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(kKeyStep));
+      const __m256i id = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids[r] + half));
+      const __m256i sign = _mm256_srai_epi32(key, 31);
+      const __m256i tie = _mm256_xor_si256(_mm256_xor_si256(id, sign), _mm256_set1_epi32(-1));
+      low[r] = _mm256_castsi256_pd(_mm256_unpacklo_epi32(tie, key));
+      high[r] = _mm256_castsi256_pd(_mm256_unpackhi_epi32(tie, key));
+    }
+    const auto transpose4 = [](const __m256d(&rows)[4], SortKeys* to) {
+      const __m256d a = _mm256_unpacklo_pd(rows[0], rows[1]), b = _mm256_unpackhi_pd(rows[0], rows[1]);
+      const __m256d c = _mm256_unpacklo_pd(rows[2], rows[3]), d = _mm256_unpackhi_pd(rows[2], rows[3]);
+      to[0].v = _mm256_permute2f128_pd(a, c, 0x20), to[1].v = _mm256_permute2f128_pd(b, d, 0x20);
+      to[2].v = _mm256_permute2f128_pd(a, c, 0x31), to[3].v = _mm256_permute2f128_pd(b, d, 0x31);
+    };
+    transpose4(low, slots + half);
+    transpose4(high, slots + half + 4);
+  }
+}
+inline void SortKeys::store(float* values, int32_t* ids) const {
+  const __m256 bits = _mm256_castpd_ps(v);
+  const __m128 first = _mm256_castps256_ps128(bits), second = _mm256_extractf128_ps(bits, 1);
+  const __m128i tie = _mm_castps_si128(_mm_shuffle_ps(first, second, 0x88));
+  const __m128i key = _mm_castps_si128(_mm_shuffle_ps(first, second, 0xdd));
+  const __m128i id = _mm_xor_si128(_mm_xor_si128(tie, _mm_srai_epi32(key, 31)), _mm_set1_epi32(-1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(values), _mm_sub_epi32(key, _mm_set1_epi32(kKeyStep)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(ids), id);
 }
 
 inline FixedSums FixedSums::load(const int64_t* p) {

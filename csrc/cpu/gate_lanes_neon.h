@@ -78,6 +78,7 @@ struct Lanes {
   using Scalar = float;
   using Int = Ints;
   using Fixed = FixedSums;
+  static constexpr bool kTransposes = false;
   using Mask = cpu::Mask;
   float32x4_t quad[4];
 

@@ -10,7 +10,10 @@
 // - bits(mask): one bit a lane; count_where(ints, mask): adds 1 where the mask is set
 // - order_keys: key.h's keys, lane by lane
 // - append: the masked lanes to the end of a list, in lane order
-// - Fixed: 16 int64 sums; add takes lanes in [0, 2^33], rounded to the nearest even integer
+// - Fixed: 16 int64 sums; add takes lanes within +-2^51, rounded to the nearest even integer
+// - kTransposes: rows can be turned into lanes, for gate_block.h and gate_few.h. Then it has transpose,
+//   transpose_pairs, zip, to_int, pair (eight lanes of two rows) and Keys (key.h's keys with an index) as well;
+//   portable has not: it takes each row by itself, and the others are tested against it
 #pragma once
 #include <cstdint>
 
@@ -70,6 +73,7 @@ struct PortableLanes {
   using Int = PortableInts<typename IntOf<T>::Type>;
   using Mask = PortableMask;
   using Fixed = PortableFixedSums;
+  static constexpr bool kTransposes = false;
   T lane[16];
 
   PortableLanes() = default;

@@ -8,7 +8,7 @@ namespace moe_route::cpu {
 GateBackend gate_neon() {
   return {RowGate<Lanes>::workspace_bytes,
           [](const GateArgs& args, int64_t begin, int64_t end, void* workspace) {
-            RowGate<Lanes>(args, workspace).rows(begin, end);
+            RowGate<Lanes>(args, end - begin, workspace).rows(begin, end);
           }};
 }
 

@@ -8,7 +8,7 @@ namespace moe_route::cpu {
 GateBackend gate_portable() {
   return {RowGate<Lanes<float>>::workspace_bytes,
           [](const GateArgs& args, int64_t begin, int64_t end, void* workspace) {
-            RowGate<Lanes<float>>(args, workspace).rows(begin, end);
+            RowGate<Lanes<float>>(args, end - begin, workspace).rows(begin, end);
           }};
 }
 

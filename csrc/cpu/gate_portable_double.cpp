@@ -9,7 +9,7 @@ namespace moe_route::cpu {
 GateBackend gate_portable_double() {
   return {RowGate<Lanes<double>>::workspace_bytes,
           [](const GateArgs& args, int64_t begin, int64_t end, void* workspace) {
-            RowGate<Lanes<double>>(args, workspace).rows(begin, end);
+            RowGate<Lanes<double>>(args, end - begin, workspace).rows(begin, end);
           }};
 }
 

@@ -7,9 +7,12 @@
 //
 // A row is a chain of short dependent steps (fold, list, rank, look up, normalize), each of which waits for
 // the one before. So rows go through in blocks, step by step: while one row waits, the processor works on the
-// next.
+// next. Where lanes can be transposed, steps that fold or sort take sixteen rows at once, one row a lane
+// (gate_block.h), and few experts go from load to count that way (gate_few.h).
 #pragma once
+#include "gate_block.h"
 #include "gate_count.h"
+#include "gate_few.h"
 #include "gate_force.h"
 #include "gate_given.h"
 
@@ -44,13 +47,17 @@ struct Row {
   bool given = false;           // the choice came with the call
   bool to_weigh = false;        // weights are to be computed
   bool scores_counted = false;  // mass or entropy is wanted
+  bool steered = false;         // z differs from raw
+  bool scored = false;          // scores of all experts are wanted
+  bool by_score = false;        // selection compares scores
   int slots = 0;                // k of this row
   int wanted = 0;               // of the short list; 0: there is none
   int listed = 0;               // candidates on it
   T bound = 0;
-  const T* raw = nullptr;       // logits
-  const T* z = nullptr;         // logits after steering
-  const T* values = nullptr;    // what selection compares
+  const int32_t* ranked = nullptr;  // the short list's ids, best first, where the block sorted it
+  const T* raw = nullptr;           // logits
+  const T* z = nullptr;             // logits after steering
+  const T* values = nullptr;        // what selection compares
   const T* listable = nullptr;  // ... and what may come onto the short list: under force the free experts'
   RowScores<T> scores;
   Choice<F> choice;
@@ -60,18 +67,28 @@ template <class F>
 class RowGate {
  public:
   using T = typename F::Scalar;
-  static size_t workspace_bytes(int experts) {
+  static size_t workspace_bytes(int experts, int64_t rows) {
     Arena arena(nullptr);
-    for (int i = 0; i < block_of(experts); ++i) Workspace<F>(arena, experts);
+    for (int i = 0; i < block_of(experts, rows); ++i) Workspace<F>(arena, experts);
     for (int i = 0; i < kSteeringRows; ++i) ForceStore(arena, experts);
     arena.take<int64_t>(Tally<F>::room(experts));
     return arena.used();
   }
 
-  RowGate(const GateArgs& args, void* memory) : RowGate(args, Arena(memory)) {}
+  // rows: of the call.
+  RowGate(const GateArgs& args, int64_t rows, void* memory) : RowGate(args, rows, Arena(memory)) {}
 
   void rows(int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end;) {
+      if constexpr (F::kTransposes) {
+        if (few_.serves()) {
+          if (end - t >= kLanes && take_few(t)) {
+            t += kLanes;
+            continue;
+          }
+          few_.flush(tally_);
+        }
+      }
       int count = 0;
       while (count < block_ && t < end) {
         const Token token = read_token(args_.token_table, t);
@@ -82,18 +99,23 @@ class RowGate {
         if (count > 0 && evicts_steering(token)) break;  // a row of this block may still need it
         prepare(block_rows_[count++], t++, token);
       }
+      steer_rows(count);
+      score_rows(count);
+      for (int i = 0; i < count; ++i) find_values(block_rows_[i]);
       choose(count);
-      for (int i = 0; i < count; ++i) weigh_row(block_rows_[i]);
+      weigh_rows(count);
       for (int i = 0; i < count; ++i) finish(block_rows_[i]);
       tally_.add_scores();
     }
+    if constexpr (F::kTransposes) few_.flush(tally_);
   }
 
  private:
-  RowGate(const GateArgs& args, Arena arena)
+  RowGate(const GateArgs& args, int64_t rows, Arena arena)
       : args_(args),
         given_(args),
-        block_(block_of(args.experts)),
+        block_(block_of(args.experts, rows)),
+        side_by_side_(F::kTransposes && rows >= kSideBySide),
         vectors_(vectors_of(args.experts)),
         logit_bytes_(sizeof(T) == 8                        ? 8
                      : args.logits_type == DType::kFloat32 ? 4
@@ -101,9 +123,26 @@ class RowGate {
         tally_(arena, args.statistics, args.experts),
         scores_counted_(tally_.wants_scores()),
         weights_counted_(tally_.wants_weights()),
-        softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)) {
+        softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)),
+        weights_(args),
+        few_(args, rows, tally_.wants_scores()) {
     for (int i = 0; i < block_; ++i) block_rows_[i].work = Workspace<F>(arena, args.experts);
+    if (side_by_side_) spread_.clear(), scores_.clear(), weights_.clear();
     for (ForceStore& force : force_) force = ForceStore(arena, args.experts);
+  }
+
+  // Sixteen rows from t on at once, if they are alike.
+  bool take_few(int64_t t) {
+    const Token token = read_token(args_.token_table, t);
+    if (!token.valid || in_table(token.steering_row)) return false;
+    if (args_.token_table) {
+      const int32_t* first = args_.token_table + t * kTokenColumns;
+      bool alike = true;
+      for (int r = 1; r < kLanes; ++r)
+        alike &= __builtin_memcmp(first, first + r * kTokenColumns, kTokenColumns * sizeof(int32_t)) == 0;
+      if (!alike) return false;
+    }
+    return few_.take(t, token.group, token.segment, tally_);
   }
 
   // ---- the steps of a block ---------------------------------------------------------------------
@@ -119,20 +158,81 @@ class RowGate {
     c.count = args_.k, c.compact = true;
     row.given = given_.read(t, row.steering != nullptr, c);
     if (row.given) take_given(row);
+    row.steered = row.scored = row.by_score = false;
     if (row.given && !row.to_weigh && !row.scores_counted) return;
-    const bool steered = row.steering && row.steering->moves_logits;
-    const bool by_score = compares_scores(row.steering);
+    prefetch(t + block_);
+    row.steered = row.steering && row.steering->moves_logits;
+    row.by_score = compares_scores(row.steering);
     const bool softmax_weights = row.to_weigh && softmax_over_all(row.steering);
-    const bool scored = row.scores_counted || (by_score && !row.given) || softmax_weights;
-    if (steered || scored) prefetch(t + block_);
+    row.scored = row.scores_counted || (row.by_score && !row.given) || softmax_weights;
     row.raw = row.z = load(row.work, t);
-    if (steered) row.z = steer(row.work, *row.steering, row.raw, args_.experts);
-    if (scored) {
-      const bool entropy = row.scores_counted && args_.statistics.entropy;
-      row.scores = score_all<F>(row.work, args_.spec.score, row.z, args_.experts, entropy);
+    if (row.steered) row.raw = forbid(row.work, *row.steering, row.raw, args_.experts);
+  }
+
+  void steer_rows(int count) {
+    const int experts = args_.experts;
+    uint32_t spread = 0, overflow = 0;
+    if constexpr (F::kTransposes) {
+      for (int i = 0; side_by_side_ && i < count; ++i) {
+        const Row<F>& row = block_rows_[i];
+        if (!row.steered || !row.steering->std) continue;
+        spread_.take(i, row.raw, experts, row.steering->sample_std);
+        spread |= 1u << i;
+      }
+      if (spread != 0) {
+        spread_.find_means();
+        for (int i = 0; i < count; ++i) {
+          if (spread >> i & 1) spread_.take_squares(i, block_rows_[i].raw, experts);
+        }
+        overflow = spread_.finish();
+      }
     }
+    for (int i = 0; i < count; ++i) {
+      Row<F>& row = block_rows_[i];
+      if (!row.steered) continue;
+      T deviation = 0;
+      if constexpr (F::kTransposes) {
+        if (spread >> i & 1) deviation = spread_.deviation(i);
+      }
+      if (row.steering->std && !(spread & ~overflow & (1u << i)))
+        deviation = standard_deviation<F>(row.raw, experts, row.steering->sample_std);
+      row.z = steer(row.work, *row.steering, row.raw, experts, deviation);
+    }
+  }
+
+  void score_rows(int count) {
+    const Score score = args_.spec.score;
+    const auto entropy = [this](const Row<F>& row) { return row.scores_counted && args_.statistics.entropy; };
+    if constexpr (F::kTransposes) {
+      if (side_by_side_ && BlockScores<F>::serves(score)) {
+        uint32_t scored = 0;
+        for (int i = 0; i < count; ++i) scored |= uint32_t{block_rows_[i].scored} << i;
+        if (scored == 0) return;
+        for (int i = 0; is_softmax(score) && i < count; ++i) {
+          if (scored >> i & 1) scores_.take_logits(i, block_rows_[i].z, vectors_);
+        }
+        if (is_softmax(score)) scores_.find_largest();
+        for (int i = 0; i < count; ++i) {
+          const Row<F>& row = block_rows_[i];
+          if (row.scored) scores_.take(i, row.work, score, row.z, args_.experts, entropy(row));
+        }
+        scores_.finish(args_.statistics.entropy);
+        for (int i = 0; i < count; ++i) {
+          Row<F>& row = block_rows_[i];
+          if (row.scored) row.scores = scores_.scores(i, score, entropy(row));
+        }
+        return;
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      Row<F>& row = block_rows_[i];
+      if (row.scored) row.scores = score_all<F>(row.work, score, row.z, args_.experts, entropy(row));
+    }
+  }
+
+  void find_values(Row<F>& row) {
     if (row.given) return;
-    row.values = row.listable = selection_values(row.work, row.steering, row.z, row.scores, by_score);
+    row.values = row.listable = selection_values(row.work, row.steering, row.z, row.scores, row.by_score);
     if (row.steering && row.steering->force) leave_forced_out(row);
   }
 
@@ -151,23 +251,77 @@ class RowGate {
   }
 
   void choose(int count) {
-    for (int i = 0; i < count; ++i) {
-      Row<F>& row = block_rows_[i];
-      if (row.wanted > 0) row.bound = lower_bound<F>(row.listable, vectors_, row.wanted);
-    }
+    bound_rows(count);
     for (int i = 0; i < count; ++i) {
       Row<F>& row = block_rows_[i];
       if (row.wanted > 0) row.listed = shortlist<F>(row.work, row.listable, vectors_, row.bound);
     }
+    rank_rows(count);
     for (int i = 0; i < count; ++i) {
       Row<F>& row = block_rows_[i];
-      if (!row.given) finish_choice(row.work, row.values, row.steering, row.slots, row.listed, row.choice);
+      if (!row.given)
+        finish_choice(row.work, row.values, row.steering, row.slots, row.listed, row.ranked, row.choice);
+    }
+  }
+
+  void rank_rows(int count) {
+    if constexpr (F::kTransposes) {
+      bool any = false;
+      for (int i = 0; i < count; ++i) {
+        Row<F>& row = block_rows_[i];
+        row.ranked = nullptr;
+        if (!side_by_side_ || row.wanted == 0 || row.listed < row.wanted ||
+            row.listed > BlockRanks<F>::kLongest)
+          continue;
+        if (!any) ranks_.clear();
+        any = true;
+        ranks_.take(i, row.work, row.listed);
+        row.ranked = ranks_.sorted(i);
+      }
+      if (!any) return;
+      const int slots = args_.k < kLanes ? args_.k : kLanes;
+      ranks_.sort(slots, weights_.chosen_logits());
+      for (int i = 0; i < count; ++i) {
+        Row<F>& row = block_rows_[i];
+        if (row.ranked && !(weights_.chosen_logits()[row.wanted - 1][i] > -infinity<T>()))
+          row.ranked = nullptr;
+      }
+    }
+  }
+
+  void bound_rows(int count) {
+    bool sorts = false;
+    for (int i = 0; i < count; ++i) {
+      Row<F>& row = block_rows_[i];
+      if (row.wanted == 0) continue;
+      if constexpr (F::kTransposes) {
+        if (side_by_side_ && BlockBounds<F>::serves(vectors_, row.wanted)) {
+          bounds_.take(i, row.listable, vectors_);
+          sorts = true;
+          continue;
+        }
+      }
+      row.bound = lower_bound<F>(row.listable, vectors_, row.wanted);
+    }
+    if constexpr (F::kTransposes) {
+      if (!sorts) return;
+      bounds_.sort();
+      for (int i = 0; i < count; ++i) {
+        Row<F>& row = block_rows_[i];
+        if (row.wanted > 0 && BlockBounds<F>::serves(vectors_, row.wanted))
+          row.bound = bounds_.bound(i, row.wanted);
+      }
     }
   }
 
   void finish_choice(const Workspace<F>& work, const T* values, const SteeringRow<F>* steering, int slots,
-                     int listed, Choice<F>& c) const {
-    if (steering && steering->force) return choose_forced(work, values, *steering, slots, listed, c);
+                     int listed, const int32_t* ranked, Choice<F>& c) const {
+    if (steering && steering->force) return choose_forced(work, values, *steering, slots, listed, ranked, c);
+    if (ranked) {
+      __builtin_memcpy(c.ids, ranked, kLanes * sizeof(int32_t));
+      c.count = slots;
+      return;
+    }
     c.count = select_listed<F>(work, values, vectors_, slots, listed, c.ids);
     if (c.count < slots)
       c.count = append_nan(values, args_.experts, slots, c.count, c.ids, [](int) { return true; });
@@ -176,8 +330,39 @@ class RowGate {
   // Out of line, so that the common way stays short enough to be inlined.
   [[gnu::noinline]] void choose_forced(const Workspace<F>& work, const T* values,
                                        const SteeringRow<F>& steering, int slots, int listed,
-                                       Choice<F>& c) const {
-    c.count = ForcedChoice<F>(work, steering, values, args_.experts, slots, c.ids).choose(listed);
+                                       const int32_t* ranked, Choice<F>& c) const {
+    c.count = ForcedChoice<F>(work, steering, values, args_.experts, slots, c.ids).choose(listed, ranked);
+  }
+
+  void weigh_rows(int count) {
+    if constexpr (F::kTransposes) {
+      uint32_t lanes = 0;
+      for (int i = 0; i < count; ++i) {
+        Row<F>& row = block_rows_[i];
+        if (!side_by_side_ || !row.to_weigh || row.given || !weights_.serves(row.steering, row.choice)) {
+          weigh_row(row);
+          continue;
+        }
+        const bool in_place =
+            row.ranked && row.values == row.z && row.wanted == args_.k && weights_.weighs_logits();
+        if (!in_place) weights_.take(i, row.z, row.work.score, row.scores.inverse, row.choice.ids);
+        lanes |= 1u << i;
+      }
+      if (lanes == 0) return;
+      const uint32_t left = weights_.weigh();
+      for (int i = 0; i < count; ++i) {
+        if (!(lanes >> i & 1)) continue;
+        Row<F>& row = block_rows_[i];
+        if (left >> i & 1) {
+          weigh_row(row);
+          continue;
+        }
+        for (int j = 0; j < args_.k; j += kLanes)
+          F::load(weights_.weights(i, j)).store(row.choice.weights + j);
+      }
+    } else {
+      for (int i = 0; i < count; ++i) weigh_row(block_rows_[i]);
+    }
   }
 
   void weigh_row(Row<F>& row) {
@@ -354,12 +539,13 @@ class RowGate {
       scores = score_all<F>(row.work, args_.spec.score, raw, args_.experts, false);
     const T* values = selection_values(row.work, nullptr, raw, scores, compares_scores(nullptr));
     const int listed = shortlist<F>(row.work, values, vectors_, lower_bound<F>(values, vectors_, args_.k));
-    finish_choice(row.work, values, nullptr, args_.k, listed, natural);
+    finish_choice(row.work, values, nullptr, args_.k, listed, nullptr, natural);
   }
 
   const GateArgs& args_;
   const Given<F> given_;
   const int block_;
+  const bool side_by_side_;
   const int vectors_;
   const int64_t logit_bytes_;
   Tally<F> tally_;
@@ -368,6 +554,12 @@ class RowGate {
   const bool softmax_over_all_;
   SteeringRow<F> steering_[kSteeringRows];
   ForceStore force_[kSteeringRows];
+  BlockSpread<F> spread_;
+  BlockScores<F> scores_;
+  BlockBounds<F> bounds_;
+  BlockRanks<F> ranks_;
+  BlockWeights<F> weights_;
+  FewExperts<F> few_;
   Row<F> block_rows_[kMaxBlock];
 };
 

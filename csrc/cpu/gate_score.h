@@ -45,76 +45,90 @@ struct RowScores {
   bool scored = false;    // mass and entropy are defined
 };
 
+// Of each stripe.
 template <class F>
-inline typename F::Scalar largest_of(const typename F::Scalar* z, int vectors) {
+inline F largest_of(const typename F::Scalar* z, int vectors) {
   F best(-infinity<typename F::Scalar>());
   for (int v = 0; v < vectors; ++v) best = larger(F::load(z + kLanes * v), best);
-  return fold_max(best);
+  return best;
 }
 
+// What one pass over a row leaves in each stripe.
+template <class F>
+struct ScoreSums {
+  F total{typename F::Scalar(0)};
+  F entropy{typename F::Scalar(0)};
+  F least{typename F::Scalar(0)};  // identity
+};
+
+// largest: of the row.
 template <class F, bool kEntropy>
-inline RowScores<typename F::Scalar> softmax_all(const Workspace<F>& w, const typename F::Scalar* z,
-                                                 int vectors) {
+inline ScoreSums<F> softmax_sums(const Workspace<F>& w, const typename F::Scalar* z, int vectors,
+                                 typename F::Scalar largest) {
   using T = typename F::Scalar;
-  const T largest = largest_of<F>(z, vectors);
   const F zero(T(0)), shift(largest);
-  F sum = zero, entropy_sum = zero;
+  ScoreSums<F> sums;
   for (int v = 0; v < vectors; ++v) {
     const F x = F::load(z + kLanes * v);
     const F e = softmax_numerator(x, largest);
     e.store(w.score + kLanes * v);
-    sum = sum + e;
+    sums.total = sums.total + e;
     // e is 0 where the shifted logit is infinite or NaN, and that must not turn into a product.
-    if constexpr (kEntropy) entropy_sum = select(e > zero, fma(e, x - shift, entropy_sum), entropy_sum);
+    if constexpr (kEntropy) sums.entropy = select(e > zero, fma(e, x - shift, sums.entropy), sums.entropy);
   }
-  RowScores<T> r;
-  r.total = fold_add(sum);
-  if constexpr (kEntropy) r.entropy_sum = largest == infinity<T>() ? T(0) : fold_add(entropy_sum);
-  return r;
+  if (kEntropy && largest == infinity<T>()) sums.entropy = zero;
+  return sums;
 }
 
 template <class F, Score kScore, bool kEntropy>
-inline RowScores<typename F::Scalar> pointwise_all(const Workspace<F>& w, const typename F::Scalar* z,
-                                                   int vectors) {
+inline ScoreSums<F> pointwise_sums(const Workspace<F>& w, const typename F::Scalar* z, int vectors) {
   using T = typename F::Scalar;
-  const F zero(T(0)), tiny(smallest_normal<T>());
-  F sum = zero, entropy_sum = zero, least = zero;
+  const F tiny(smallest_normal<T>());
+  ScoreSums<F> sums;
   for (int v = 0; v < vectors; ++v) {
     const F s = pointwise_score<kScore>(F::load(z + kLanes * v));
     s.store(w.score + kLanes * v);
-    sum = sum + s;
-    least = smaller(s, least);
-    if constexpr (kEntropy) entropy_sum = select(s >= tiny, fma(s, log(s), entropy_sum), entropy_sum);
+    sums.total = sums.total + s;
+    sums.least = smaller(s, sums.least);
+    if constexpr (kEntropy) sums.entropy = select(s >= tiny, fma(s, log(s), sums.entropy), sums.entropy);
   }
-  RowScores<T> r;
-  r.total = fold_add(sum);
-  r.negative = kScore == Score::kIdentity && fold_min(least) < T(0);
-  if constexpr (kEntropy) r.entropy_sum = fold_add(entropy_sum);
-  return r;
+  return sums;
 }
 
 template <class F, bool kEntropy>
-inline RowScores<typename F::Scalar> score_by(const Workspace<F>& w, Score score, const typename F::Scalar* z,
-                                              int vectors) {
+inline ScoreSums<F> sums_by(const Workspace<F>& w, Score score, const typename F::Scalar* z, int vectors,
+                            typename F::Scalar largest) {
   switch (score) {
     case Score::kSigmoid:
-      return pointwise_all<F, Score::kSigmoid, kEntropy>(w, z, vectors);
+      return pointwise_sums<F, Score::kSigmoid, kEntropy>(w, z, vectors);
     case Score::kSqrtSoftplus:
-      return pointwise_all<F, Score::kSqrtSoftplus, kEntropy>(w, z, vectors);
+      return pointwise_sums<F, Score::kSqrtSoftplus, kEntropy>(w, z, vectors);
     case Score::kIdentity:
-      return pointwise_all<F, Score::kIdentity, kEntropy>(w, z, vectors);
+      return pointwise_sums<F, Score::kIdentity, kEntropy>(w, z, vectors);
     default:
-      return softmax_all<F, kEntropy>(w, z, vectors);
+      return softmax_sums<F, kEntropy>(w, z, vectors, largest);
   }
+}
+
+// Stores the scores of a row; largest: of the row, for softmax.
+template <class F>
+inline ScoreSums<F> score_sums(const Workspace<F>& w, Score score, const typename F::Scalar* z, int experts,
+                               typename F::Scalar largest, bool entropy) {
+  const int vectors = vectors_of(experts);
+  return entropy ? sums_by<F, true>(w, score, z, vectors, largest)
+                 : sums_by<F, false>(w, score, z, vectors, largest);
 }
 
 template <class F>
 inline RowScores<typename F::Scalar> score_all(const Workspace<F>& w, Score score,
                                                const typename F::Scalar* z, int experts, bool entropy) {
   using T = typename F::Scalar;
-  const int vectors = vectors_of(experts);
-  RowScores<T> r =
-      entropy ? score_by<F, true>(w, score, z, vectors) : score_by<F, false>(w, score, z, vectors);
+  const T largest = is_softmax(score) ? fold_max(largest_of<F>(z, vectors_of(experts))) : T(0);
+  const ScoreSums<F> sums = score_sums<F>(w, score, z, experts, largest, entropy);
+  RowScores<T> r;
+  r.total = fold_add(sums.total);
+  r.negative = score == Score::kIdentity && fold_min(sums.least) < T(0);
+  r.entropy_sum = fold_add(sums.entropy);
   r.scored = r.total >= smallest_normal<T>() && r.total < infinity<T>() && !r.negative;
   r.inverse = r.total > T(0) ? T(1) / r.total : T(0);
   if (is_softmax(score)) r.factor = r.inverse;

@@ -181,7 +181,7 @@ inline void map_row(const T* from, int experts, T* to, Op op) {
 // One pass per plane in use; most plans use one.
 template <class F>
 inline void apply_planes(const SteeringRow<F>& row, const typename F::Scalar* raw, int experts,
-                         typename F::Scalar* steered) {
+                         typename F::Scalar deviation, typename F::Scalar* steered) {
   using T = typename F::Scalar;
   const F zero(T(0));
   const auto entry = [experts](const float* plane, int e) { return load_vector<F>(plane, e, experts); };
@@ -199,7 +199,7 @@ inline void apply_planes(const SteeringRow<F>& row, const typename F::Scalar* ra
     });
   }
   if (row.std) {
-    pass([&, std = F(standard_deviation<F>(raw, experts, row.sample_std))](F x, int e) {
+    pass([&, std = F(deviation)](F x, int e) {
       const F c = entry(row.std, e);
       return select(c != zero, fma(c, std, x), x);
     });
@@ -243,17 +243,22 @@ inline void apply_force(const Workspace<F>& w, const SteeringRow<F>& row, const 
   }
 }
 
-// z' of one row into Workspace::steered.
+// Raw logits with NaN at forbidden experts.
+template <class F>
+inline const typename F::Scalar* forbid(const Workspace<F>& w, const SteeringRow<F>& row,
+                                        const typename F::Scalar* raw, int experts) {
+  if (row.forbidden_count == 0) return raw;
+  if (raw != w.raw) map_row<F>(raw, experts, w.raw, [](F x, int) { return x; });
+  for (int i = 0; i < row.forbidden_count; ++i) w.raw[row.forbidden[i]] = not_a_number<typename F::Scalar>();
+  return w.raw;
+}
+
+// z' of one row into Workspace::steered. deviation: the standard deviation of `raw`, where the row asks for it.
 template <class F>
 inline const typename F::Scalar* steer(const Workspace<F>& w, const SteeringRow<F>& row,
-                                       const typename F::Scalar* raw, int experts) {
-  using T = typename F::Scalar;
-  if (row.forbidden_count > 0) {
-    if (raw != w.raw) map_row<F>(raw, experts, w.raw, [](F x, int) { return x; });
-    for (int i = 0; i < row.forbidden_count; ++i) w.raw[row.forbidden[i]] = not_a_number<T>();
-    raw = w.raw;
-  }
-  apply_planes(row, raw, experts, w.steered);
+                                       const typename F::Scalar* raw, int experts,
+                                       typename F::Scalar deviation) {
+  apply_planes(row, raw, experts, deviation, w.steered);
   if (row.on_count + row.off_count > 0) apply_force(w, row, raw, experts, w.steered);
   return w.steered;
 }

@@ -67,8 +67,11 @@ struct Workspace {
 
 // Rows in flight: enough to hide the latency of one row behind the others, few enough for the first-level
 // cache.
-inline constexpr int kMaxBlock = 8;
-inline int block_of(int experts) { return experts <= 512 ? kMaxBlock : experts <= 2048 ? 2 : 1; }
+inline constexpr int kMaxBlock = 16;
+inline int block_of(int experts, int64_t rows) {
+  const int most = experts <= 1024 ? kMaxBlock : experts <= 2048 ? 2 : 1;
+  return rows < most ? static_cast<int>(rows) : most;
+}
 
 template <class T>
 constexpr T infinity() {

@@ -69,7 +69,7 @@ void clear_empty_rows(int64_t begin, int64_t end, void* context) {
 void permute(const PermuteArgs& args, Parallel parallel) {
   if (args.row_bytes == 0) return;
   void* context = const_cast<PermuteArgs*>(&args);
-  parallel(args.tokens, 1 + kBytesPerPiece / (args.row_bytes * (args.k + 1)), copy_for(args), context);
+  parallel(args.tokens, 1 + kBytesPerPiece / args.row_bytes / (args.k + 1), copy_for(args), context);
   parallel(args.capacity, 1 + kBytesPerPiece / args.row_bytes, clear_empty_rows, context);
 }
 

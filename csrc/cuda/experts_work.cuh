@@ -44,11 +44,11 @@ inline constexpr int kElements = kVectorBytes / Type::kBytes;
 __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp() { return threadIdx.x / 32; }
 
-// Rows of an expert, cut at the end of what was allocated.
+// Rows of an expert, cut at the end of what was allocated; none where its first row is before the beginning.
 __device__ __forceinline__ int rows_of(const ExpertProductArgs& args, int expert) {
-  const int64_t left = args.capacity - args.offsets[expert], counted = args.counts[expert];
+  const int64_t first = args.offsets[expert], left = args.capacity - first, counted = args.counts[expert];
   const int64_t rows = counted < left ? counted : left;
-  return rows > 0 ? static_cast<int>(rows) : 0;
+  return first >= 0 && rows > 0 ? static_cast<int>(rows) : 0;
 }
 
 // Group number `wanted`, every warp for itself: a lane looks at consecutive experts, and the one that has it

@@ -3,6 +3,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdint>
+
+#include "moe_route/dispatch.h"
 
 namespace moe_route {
 namespace {
@@ -40,6 +43,14 @@ int32_t device_index(const Tensor& tensor) {
   return index;
 }
 
+// Where the last element of a tensor that is not empty lies, from its first one.
+int64_t last_element(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t last = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  return last;
+}
+
 }  // namespace
 
 std::string shape_text(const Tensor& tensor) {
@@ -69,13 +80,40 @@ void check_place(const char* name, const Tensor& tensor, const Place& place) {
 }
 
 void check_storage(const char* name, const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  bool empty = false;
+  for (const int64_t size : sizes) {
+    if (size > kMaxRows)
+      refuse(name, " has shape ", shape_text(tensor), "; sizes up to ", kMaxRows, " are supported");
+    empty |= size == 0;
+  }
+  if (empty) return;
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
-  if (bytes == 0 && tensor.numel() > 0) {
+  if (bytes == 0) {
     refuse(name,
            " has no memory: its storage was freed (untyped_storage().resize_(0), as FSDP does with shards); "
            "use it before it is freed, or make it anew");
   }
+  const int64_t end =
+      (tensor.storage_offset() + last_element(tensor) + 1) * static_cast<int64_t>(tensor.element_size());
+  if (end > bytes) {
+    refuse(name, " ends at byte ", end, " of a storage of ", bytes,
+           ": it was resized (untyped_storage().resize_); use it before that, or make it anew");
+  }
+}
+
+void check_apart(const char* name, const MaybeTensor& written, const char* other_name,
+                 const MaybeTensor& other) {
+  if (!written || !other || written->numel() == 0 || other->numel() == 0) return;
+  const auto first = [](const Tensor& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  };
+  const auto end = [&](const Tensor& tensor) {
+    return first(tensor) + (last_element(tensor) + 1) * tensor.element_size();
+  };
+  if (first(*written) < end(*other) && first(*other) < end(*written))
+    refuse(name, " shares memory with ", other_name, "; give it memory of its own (.clone())");
 }
 
 void check_tensor(const char* name, const Tensor& tensor, Shape shape, const Place& place) {
@@ -162,7 +200,8 @@ Tensor allocate(Shape shape, int32_t dtype, const Place& place) {
   std::copy(shape.begin(), shape.end(), sizes);
   for (int64_t d = dims - 1; d >= 0; --d) {
     strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
+    if (__builtin_mul_overflow(stride, std::max<int64_t>(sizes[d], 1), &stride))
+      refuse("a result of more than 2^63 elements is asked for; give smaller tensors");
   }
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(

@@ -34,8 +34,13 @@ Place place_of(const char* name, const Tensor& tensor);
 // Refuses a tensor that lies elsewhere than the call's leading tensor.
 void check_place(const char* name, const Tensor& tensor, const Place& place);
 
-// A tensor whose storage was freed has a shape and no memory: it is refused, and not taken for an absent one.
+// The memory of `tensor`: sizes whose products fit 64 bits, and a storage that holds every element. Freed, it has a shape
+// and no memory: it is refused, and not taken for an absent one.
 void check_storage(const char* name, const Tensor& tensor);
+
+// Refuses a tensor that is written to and shares memory with another of the call.
+void check_apart(const char* name, const MaybeTensor& written, const char* other_name,
+                 const MaybeTensor& other);
 
 // Shape, contiguity, place and memory of the tensor `name`.
 void check_tensor(const char* name, const Tensor& tensor, Shape shape, const Place& place);

@@ -106,7 +106,8 @@ int64_t* statistics_table(const char* name, const MaybeTensor& table, int64_t wi
 
 // `layout` is the planes' bits and kEntropyBit.
 GateStatistics statistics_of(const MaybeTensor& groups, const MaybeTensor& segments, int64_t layout,
-                             int64_t experts, const Place& place) {
+                             const Tensor& logits, const Place& place) {
+  const int64_t experts = logits.size(1);
   GateStatistics statistics;
   const int64_t planes = layout & ((1 << kEntropyBit) - 1);
   if (layout < 0 || layout >= 2 << kEntropyBit || planes >= int64_t{kNaturalCounts} * 2) {
@@ -117,6 +118,9 @@ GateStatistics statistics_of(const MaybeTensor& groups, const MaybeTensor& segme
   const int64_t width = kStatScalars + int64_t{std::popcount(statistics.planes)} * experts;
   statistics.groups = statistics_table("group_statistics", groups, width, place);
   statistics.segments = statistics_table("segment_statistics", segments, width, place);
+  check_apart("segment_statistics", segments, "group_statistics", groups);
+  check_apart("group_statistics", groups, "logits", logits);
+  check_apart("segment_statistics", segments, "logits", logits);
   if (groups) statistics.num_groups = groups->size(0);
   if (segments) statistics.num_segments = segments->size(0);
   return statistics;
@@ -175,7 +179,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, int64_t policy
   args.expert_scale = float_table("expert_scale", expert_scale, {experts}, place);
   args.steering = steering_of(steering, steering_planes, row_params, remap, experts, place);
   args.given = given_of(given, choice_ids, choice_weights, choice_mode, args.tokens, k, place);
-  args.statistics = statistics_of(group_statistics, segment_statistics, statistics, experts, place);
+  args.statistics = statistics_of(group_statistics, segment_statistics, statistics, logits, place);
   Tensor weights = allocate_weights(args, place);
   Tensor ids = allocate({args.tokens, k}, aoti_torch_dtype_int32(), place);
   args.weights = weights.mutable_data_ptr();
@@ -199,7 +203,7 @@ void observe(const Tensor& logits, const Tensor& ids, const MaybeTensor& weights
   args.given =
       given_of(given, ids, weights, static_cast<int64_t>(GivenMode::kNatural), args.tokens, k, place);
   args.given.every_row = true;
-  args.statistics = statistics_of(group_statistics, segment_statistics, statistics, args.experts, place);
+  args.statistics = statistics_of(group_statistics, segment_statistics, statistics, logits, place);
   launch::gate(args, place);
 }
 

@@ -67,6 +67,42 @@ int64_t experts_of(const Tensor& offsets) {
   return experts;
 }
 
+// What the tables of a dispatch hold costs nothing to read on a CPU, and is refused where it leads nowhere. The kernels
+// of a device, the emulated one too, cut it to what was allocated: to read it would be to wait.
+#ifdef MOE_ROUTE_EMULATED
+bool reads(const Place&) { return false; }
+#else
+bool reads(const Place& place) { return place.cpu; }
+#endif
+
+void check_offsets(const int64_t* offsets, int64_t experts, int64_t rows, const Place& place) {
+  for (int64_t e = 0; reads(place) && e <= experts; ++e) {
+    if (offsets[e] < (e == 0 ? 0 : offsets[e - 1]) || offsets[e] > rows) {
+      refuse("offsets[", e, "] = ", offsets[e], "; offsets must not fall, and lie in 0..", rows,
+             " (the rows): take those of moe_route.ops.dispatch");
+    }
+  }
+}
+
+void check_slots(const ExpertProductArgs& args, const Place& place) {
+  check_offsets(args.offsets, args.experts, args.capacity, place);
+  if (!reads(place)) return;
+  for (int64_t e = 0; e < args.experts; ++e) {
+    const int64_t range = args.offsets[e + 1] - args.offsets[e];
+    if (args.counts[e] < 0 || args.counts[e] > range) {
+      refuse("counts[", e, "] = ", args.counts[e], " is outside 0..", range, " (the rows of expert ", e,
+             " by offsets): take those of moe_route.ops.dispatch");
+    }
+  }
+  const int64_t slots = args.sources * args.k;
+  for (int64_t r = 0; r < args.capacity; ++r) {
+    if (args.order[r] < -1 || args.order[r] >= slots) {
+      refuse("order[", r, "] = ", args.order[r], " is outside -1..", slots - 1,
+             " (tokens of x times k = ", args.k, "): take that of moe_route.ops.dispatch");
+    }
+  }
+}
+
 ExpertPanels panels_of(const ExpertProductArgs& args) {
   return {args.type, args.in, args.out_columns, args.pairing};
 }
@@ -135,6 +171,7 @@ Tensor expert_rows(const Tensor& x, const Tensor& offsets, const Tensor& counts,
   args.experts = static_cast<int32_t>(experts);
   args.sources = x.size(0);
   args.k = k;
+  check_slots(args, place);
   // up, with gate and activation
   args.transposed = is_transposed("up", up, experts, hidden, x, place);
   args.pairing = pairing_of(pairing);
@@ -194,6 +231,7 @@ Tensor expert_activation(const Tensor& rows, const Tensor& offsets, const MaybeT
   }
   args.experts = static_cast<int32_t>(experts);
   args.capacity = rows.size(0);
+  check_offsets(args.offsets, experts, args.capacity, place);
   args.columns = rows.size(1) / factor;
   Tensor out = allocate({args.capacity, args.columns}, dtype_of(rows), place);
   args.out = out.mutable_data_ptr();

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from association import LOSS, SHARE, Association
+from control import Control
 from depth import Depth, Profile
 from matplotlib.axes import Axes
 from raising import Raising
@@ -324,6 +325,36 @@ def raising(raised: Raising) -> Axes | None:
     first: Axes = axes[0]
     change = next(iter(raised.after.values())).change_of_match(raised.before)
     headline(first, f"task experts raised ({plans[0]}): exact match {told(change, 3)}")
+    return first
+
+
+def control(misled: Control) -> Axes:
+    """Exact match by damage, with the task experts raised and without, and the change that raising makes."""
+    result, (_, strength) = misled.result, misled.result.chosen
+    axes = new_axes(1, 2, 3.6)[0]
+    damages = range(len(result.damages))
+    for at, color, label in ((0, GREY, "misled"), (strength, BLUE, f"task experts +{result.strengths[strength]:g}")):
+        values = [result.match(damage, at) for damage in damages]
+        axes[0].plot(result.damages, values, marker="o", color=color, label=label)
+    axes[0].set_ylabel("exact match")
+    legend_below(axes[0], 2)
+    repairs = [result.repair(damage, strength) for damage in damages]
+    values = np.array([repair.value for repair in repairs])
+    reach = np.nan_to_num([[repair.value - repair.low, repair.high - repair.value] for repair in repairs]).T
+    axes[1].errorbar(result.damages, values, yerr=reach, fmt="D", color=RED, markersize=6, linewidth=1.5)
+    for damage in damages:
+        beside = result.beside(damage, strength)
+        if beside is not None:
+            spread = np.random.default_rng(0).uniform(-0.03, 0.03, len(beside.random))
+            axes[1].scatter(result.damages[damage] + spread, beside.random, s=12, color=GREY, alpha=0.6, linewidths=0)
+    axes[1].axhline(0, color=frame.INK, linewidth=0.8)
+    axes[1].set_ylabel("change by raising (grey: random sets)")
+    for ax in axes:
+        ax.set_xlabel("share of the shift towards general text")
+        plain_axes(ax)
+    first: Axes = axes[0]
+    repair = told(result.repair(*result.chosen), 3)
+    headline(first, f"languages misled towards general text: raising gives back {repair}")
     return first
 
 

@@ -1,4 +1,4 @@
-"""Six findings of multilingual routing beside their controls, on the demonstration model or one of your own.
+"""Seven findings of multilingual routing beside their controls, on the demonstration model or one of your own.
 
     python examples/findings/run.py --out findings                      # the shipped model and corpus: minutes
     python examples/findings/run.py --page examples/study/README.md --results moe_route/data/findings.json
@@ -7,7 +7,8 @@
 They follow "Multilingual Routing in Mixture-of-Experts" (arXiv 2510.04694). The first two are those of `moe-route demo`
 (whose 1 is of another model) with all tables and more random sets: experts of sums (2) and of languages (3) switched
 off. The others go on from there: exact match by what was seen in training (4); divergence of every language from
-English by layer (5), and its correlation with exact match (6); the paper's soft activation of task experts (7). The
+English by layer (5), and its correlation with exact match (6); the paper's soft activation of task experts (7), and
+whether a gain by it would have been seen (8). The
 folder receives the text as report.txt, all numbers as report.json, and a picture of each finding. `--page` puts the
 text between the lines `<!-- findings -->` and `<!-- end of findings -->` of a page, and `--results` writes what
 `moe-route demo` tells of the findings that it does not measure.
@@ -26,6 +27,7 @@ from typing import Any
 
 import pictures
 from association import LOSS, SHARE, Association, associate
+from control import Control, control
 from depth import Depth, profile_of, untrained_model
 from raising import Raising, raise_task_experts
 from skill import Skill, shares_in_training
@@ -54,8 +56,8 @@ class Findings:
     Attributes:
         model: its name.
         languages, sentences, problems: languages and number of sentences, and number of problems per language.
-        task_experts_off to raising: the findings, in the order of the text; association is None without a language
-            beside English.
+        task_experts_off to control: the findings, in the order of the text; association and control are None without a
+            language beside English, control also without task experts.
     """
 
     model: str
@@ -68,10 +70,11 @@ class Findings:
     depth: Depth
     association: Association | None
     raising: Raising
+    control: Control | None
 
     def findings(self) -> Iterator[tuple[str, Finding]]:
         """The findings with their names, in the order of the text."""
-        names = ("task_experts_off", "language_experts_off", "skill", "depth", "association", "raising")
+        names = ("task_experts_off", "language_experts_off", "skill", "depth", "association", "raising", "control")
         yield from ((name, finding) for name in names if (finding := getattr(self, name)) is not None)
 
     def __str__(self) -> str:
@@ -93,7 +96,7 @@ class Findings:
 
 
 def measure(study: DemoTexts, run: Measurement, draws: int = DRAWS) -> Findings:
-    """Measure the six findings on the texts of a study, with `draws` random sets beside the first, else fewer."""
+    """Measure the seven findings on the texts of a study, with `draws` random sets beside the first, else fewer."""
     natural, problems = study.natural(run), study.problems
     task_experts_off, language_experts_off = switch_off(study, natural, run, draws)
     sums, text = study.tasks["sums"], study.texts["text"]
@@ -116,6 +119,7 @@ def measure(study: DemoTexts, run: Measurement, draws: int = DRAWS) -> Findings:
         by_subset["english_only"],
         draws,
     )
+    misled = control(run, study, natural.task_experts.experts, draws)
     corpus, number = study.corpus, len(problems.subset(languages=[PIVOT]).questions)
     return Findings(
         run.language_model.name,
@@ -128,6 +132,7 @@ def measure(study: DemoTexts, run: Measurement, draws: int = DRAWS) -> Findings:
         depth_of(study, run),
         association,
         raising,
+        misled,
     )
 
 
@@ -199,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--languages", nargs="+", metavar="CODE", help="of the corpus (default: all)")
     options.add_argument("--limit", type=int, metavar="N", help="the first N sentences, and problems of each kind")
     options.add_argument(
-        "--draws", type=int, default=DRAWS, metavar="N", help=f"random sets beside the first (default: {DRAWS})"
+        "--draws", type=int, default=DRAWS, metavar="N", help=f"random sets beside 2 and 8 (default: {DRAWS})"
     )
     return options
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import measure
-from findings import APPEARS, CLAIMS, OPPOSITE, UNCLEAR, UNTESTED, Claim, number, plain, random_sets
+from findings import APPEARS, CLAIMS, LEVEL, OPPOSITE, UNCLEAR, UNTESTED, Claim, number, plain, random_sets
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: Sequence[int] = (0,)) -> str:
@@ -247,10 +247,13 @@ def _steering_notes(found: Mapping[str, Any]) -> list[str]:
     if found["threshold"] is None:
         return notes
     errors = found["random"]["errors"]
+    sets = len(errors["random"])
+    least = 1 / (sets + 1)  # with so few sets that no rank is significant, a p-value says nothing
+    p = f"p {errors['p_value']:.3f}" if least <= LEVEL else f"{sets} sets give no p below {least:.3f}"
     return [
         f"threshold {found['threshold']:g}, layers {_layers_of(found['middle'])}.",
-        f"among {len(errors['random'])} random sets, raising task experts has rank {errors['rank']} in errors "
-        f"(p {errors['p_value']:.3f}; rank 1 has the fewest).",
+        f"raising task experts has rank {errors['rank']} of {sets + 1} in errors among {sets} random sets (rank 1 has "
+        f"the fewest); {p}.",
         f"after steering, the model answers {'as before, bit for bit' if found['restored'] else 'NOT as before'}.",
         *notes,
     ]

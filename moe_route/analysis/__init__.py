@@ -5,6 +5,15 @@ with the same accessors), ``SentenceVectors``, a ``Trace``, or arrays where thes
 """
 
 from moe_route.analysis.alignment import Alignment, alignment
+from moe_route.analysis.checkpoints import (
+    CheckpointSeries,
+    Comparison,
+    checkpoint_series,
+    compare,
+    gap_experts,
+    specialization,
+    specialization_of,
+)
 from moe_route.analysis.coactivation import Coactivation, ExpertPair, Transitions, coactivation, transitions
 from moe_route.analysis.consistency import Consistency, consistency
 from moe_route.analysis.correlation import Correlation, correlation
@@ -42,11 +51,13 @@ from moe_route.analysis.language_experts import (
     frequency_share_experts,
     rise_experts,
 )
-from moe_route.analysis.load import Committee, LoadBalance, committee, load_balance
+from moe_route.analysis.load import Committee, LoadBalance, Narrowing, committee, load_balance, narrowing
 from moe_route.analysis.matrices import MatrixComparison, MatrixCorrelation, matrix_correlation, read_matrix
 from moe_route.analysis.measures import entropy_of, jensen_shannon, normalized_jensen_shannon
+from moe_route.analysis.outcomes import OutcomeTable, by_outcome, outcomes, read_answers
 from moe_route.analysis.overlap import Overlap, overlap
 from moe_route.analysis.paths import Paths, PathWindow, RoutingPath, Saturation, paths, saturation
+from moe_route.analysis.prediction import Prediction, predict
 from moe_route.analysis.pruning import (
     PruningStability,
     Saliency,
@@ -76,9 +87,11 @@ __all__ = [
     "MEASURES",
     "Alignment",
     "AnalysisError",
+    "CheckpointSeries",
     "ClassRouting",
     "Coactivation",
     "Committee",
+    "Comparison",
     "Consistency",
     "Correlation",
     "Difference",
@@ -94,9 +107,12 @@ __all__ = [
     "LocalConsistency",
     "MatrixComparison",
     "MatrixCorrelation",
+    "Narrowing",
+    "OutcomeTable",
     "Overlap",
     "PathWindow",
     "Paths",
+    "Prediction",
     "PruningStability",
     "RandomControl",
     "RankAgreement",
@@ -116,9 +132,12 @@ __all__ = [
     "alignment",
     "answer_similarity",
     "benjamini_hochberg",
+    "by_outcome",
+    "checkpoint_series",
     "class_routing",
     "coactivation",
     "committee",
+    "compare",
     "consistency",
     "correlation",
     "divergence",
@@ -133,6 +152,7 @@ __all__ = [
     "expert_difference",
     "expert_difference_interval",
     "frequency_share_experts",
+    "gap_experts",
     "geometry",
     "holm",
     "jackknife_divergence",
@@ -146,21 +166,27 @@ __all__ = [
     "middle_layers",
     "miller_madow",
     "multilingual_experts",
+    "narrowing",
     "normalized_jensen_shannon",
+    "outcomes",
     "overlap",
     "paired_difference",
     "paths",
+    "predict",
     "prune",
     "pruning_stability",
     "random_control",
     "rank_agreement",
     "rarefied",
+    "read_answers",
     "read_matrix",
     "rise_experts",
     "risk_experts",
     "saliency",
     "saturation",
     "similarity",
+    "specialization",
+    "specialization_of",
     "stability_selection",
     "super_experts",
     "sweep",

@@ -8,7 +8,7 @@ average out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from typing import Annotated, Any
 
@@ -41,18 +41,23 @@ from moe_route.analysis.inputs import (
     shape_of,
     warn_of_padding,
 )
+from moe_route.analysis.measures import entropy_of, ratio
 from moe_route.analysis.overlap import in_layers
 from moe_route.analysis.resampling import batches, groups_of, tokens_per_sequence
 from moe_route.analysis.result import Result, by_depth, mean_of_seen, token_column
 from moe_route.analysis.stats import draw_items, interval_of, resampled_means
 from moe_route.base.table import Table
 from moe_route.recording import Trace
+from moe_route.steering.layers import show_numbers
+
+EVEN = 0.98
+"""Share of its maximum from which the entropy of a layer's load counts as even."""
 
 _NEEDS_PAIRS = "needs paired divergence: record(sequences=True) with items that pair sentences"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Divergence(Result, hidden=("pair_values",)):
+class Divergence(Result, hidden=("pair_values",), derived=("even_layers",)):
     """Divergence of groups from one reference.
 
     Attributes:
@@ -72,6 +77,10 @@ class Divergence(Result, hidden=("pair_values",)):
         reference_floor: float64 [L], the same of the reference; None when pooled.
         tokens: float64 [G], mean number of tokens per sequence; NaN where sequences were not counted.
         reference_tokens: the same of the reference.
+        jsd: float64 [G, L], Jensen-Shannon divergence in nats of the same distributions, neither normalized nor less a
+            floor; None for other measures than "normalized_jsd".
+        load_entropy: float64 [L], entropy of the load over its maximum log E, the mean over groups and reference; 1 is
+            an even load. For arrays that of the distributions; None if it is not known.
     """
 
     values: np.ndarray
@@ -90,6 +99,16 @@ class Divergence(Result, hidden=("pair_values",)):
     reference_floor: np.ndarray | None = None
     tokens: np.ndarray | None = None
     reference_tokens: float = float("nan")
+    jsd: np.ndarray | None = None
+    load_entropy: np.ndarray | None = None
+
+    @property
+    def even_layers(self) -> tuple[int, ...]:
+        """Layers whose load is even: its entropy is at least ``EVEN`` of its maximum.
+
+        There the normalized divergence is a small number over a small one and looks large: compare ``jsd``.
+        """
+        return () if self.load_entropy is None else tuple(np.flatnonzero(self.load_entropy >= EVEN).tolist())
 
     @property
     def expected_floor(self) -> np.ndarray:
@@ -128,7 +147,8 @@ class Divergence(Result, hidden=("pair_values",)):
     def columns(self) -> dict[str, Any]:
         """``group``, ``reference``, ``layer``, ``router`` (the layer's name), ``divergence`` and ``undefined``.
 
-        If they are known, also ``raw``, ``floor``, ``reference_floor`` and ``tokens`` (per sequence of the group).
+        If they are known, also ``raw``, ``floor``, ``reference_floor``, ``tokens`` (per sequence of the group), ``jsd``
+        (nats) and ``load_entropy`` (of the layer).
         """
         columns = self.over(
             "group layer",
@@ -139,6 +159,8 @@ class Divergence(Result, hidden=("pair_values",)):
                 "floor": self.floor,
                 "reference_floor": self.reference_floor,
                 "tokens": None if self.tokens is None else self.tokens[:, None],
+                "jsd": self.jsd,
+                "load_entropy": self.load_entropy,
             },
         )
         return {"group": columns["group"], "reference": self.reference, **columns}
@@ -151,13 +173,27 @@ class Divergence(Result, hidden=("pair_values",)):
         before = token_column(self.tokens)
         if np.isfinite(self.reference_tokens):
             notes.append(f"tokens: mean number per sequence; {self.reference_tokens:.1f} in {self.reference}")
-        if self.floor is None:
-            return [by_depth(self.groups, self.values, title=title, note="\n".join(notes), before=before)]
-        after = {"mean": mean_of_seen(self.values, 1)[0].tolist()}
-        if self.raw is None:
+        after = {}
+        if self.floor is not None:
+            after["mean"] = mean_of_seen(self.values, 1)[0].tolist()
+        if self.floor is not None and self.raw is None:
             after["floor"] = mean_of_seen(self.expected_floor, 1)[0].tolist()
             notes.append("mean, floor: over all layers; floor: between unrelated sentences of one language")
-        shown = [by_depth(self.groups, self.values, title=title, note="\n".join(notes), before=before, after=after)]
+        if self.jsd is not None:
+            after["nats"] = mean_of_seen(self.jsd, 1)[0].tolist()
+            notes.append("nats: Jensen-Shannon divergence, not normalized, mean over all layers")
+        even = self.even_layers if self.jsd is not None else ()
+        if even:
+            notes.append(
+                f"*: with layers whose load is even ({show_numbers(even)}: entropy {EVEN:g} of its maximum or more), "
+                "where the\nnormalized divergence is large however little differs: read the next table"
+            )
+        how_shown: dict[str, Any] = {"before": before, "marked": even}
+        shown = [by_depth(self.groups, self.values, title=title, note="\n".join(notes), after=after, **how_shown)]
+        if even:
+            assert self.jsd is not None
+            name = "Jensen-Shannon divergence in nats, not normalized"
+            shown.append(by_depth(self.groups, self.jsd, title=name, marked=even))
         if self.raw is not None:
             shown.append(by_depth(self.groups, self.raw, title="as measured"))
             rows = np.concatenate([self.reference_floor[None], self.floor])  # type: ignore[index]
@@ -249,6 +285,8 @@ def _paired(
 ) -> Divergence:
     layers = tuple(statistics.layers)
     pairs = np.empty((len(groups), len(items), len(layers)))
+    plain = _not_normalized(measure)
+    jsd = np.empty((len(groups), len(layers)))
     floors, tokens = np.empty_like(pairs), np.empty(len(groups))
     first = next(groups_of(statistics, (reference,), items, kind))
     base = measure.prepare(first)
@@ -256,6 +294,8 @@ def _paired(
     for g, one in enumerate(groups_of(statistics, groups, items, kind)):
         prepared = measure.prepare(one)
         pairs[g] = measure.compare(base, prepared)
+        if plain is not None:
+            jsd[g] = mean_of_seen(plain.compare(base, prepared))[0]
         floors[g] = floor_of(measure, prepared, seed)
         tokens[g] = one.mean_tokens
     values, undefined = mean_of_seen(pairs, 1)
@@ -281,7 +321,27 @@ def _paired(
         reference_floor=reference_floor,
         tokens=tokens,
         reference_tokens=first.mean_tokens,
+        jsd=None if plain is None else jsd,
+        load_entropy=_load_entropy(statistics, (reference, *groups), None),
     )
+
+
+def _not_normalized(measure: PlainEstimator) -> PlainEstimator | None:
+    """The same estimator of the Jensen-Shannon divergence in nats; None for measures that are not its ratio."""
+    return replace(measure, measure="jsd") if measure.measure == "normalized_jsd" else None
+
+
+def _load_entropy(statistics: Statistics, groups: Sequence[str], phase: str | None) -> np.ndarray | None:
+    """Entropy of the load of each layer over log E, float64 [L], the mean over these groups; None without counts."""
+    if "counts" not in getattr(statistics, "metrics", ("counts",)):
+        return None
+    rows = [statistics.groups.index(group) for group in groups]
+    load = normalized(statistics.mean_distribution("count", phase, "token")[rows])
+    return _over_maximum(load, np.asarray(statistics.num_experts))
+
+
+def _over_maximum(load: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    return ratio(mean_of_seen(entropy_of(load))[0], np.log(sizes))
 
 
 def _pooled(
@@ -294,6 +354,8 @@ def _pooled(
     by: str,
 ) -> Divergence:
     values = pooled_values(statistics, reference, groups, measure, kind, phase, by)
+    plain = _not_normalized(measure)
+    jsd = None if plain is None else pooled_values(statistics, reference, groups, plain, kind, phase, by)
     undefined = np.isnan(values).astype(np.int64)
     tokens = tokens_per_sequence(statistics, (reference, *groups))
     return Divergence(
@@ -308,6 +370,8 @@ def _pooled(
         kind=kind,
         tokens=tokens[1:],
         reference_tokens=float(tokens[0]),
+        jsd=jsd,
+        load_entropy=_load_entropy(statistics, (reference, *groups), phase),
     )
 
 
@@ -324,12 +388,20 @@ def _of_arrays(
     if num_experts is None:
         warn_of_padding((q1, q2), stacklevel=3)
     how = compare_distributions(measure, sizes, top, None)
-    values = how.of_pairs(how.of_distributions(normalized(q1)), how.of_distributions(normalized(q2)))
+    ends = [how.of_distributions(normalized(q)) for q in (q1, q2)]
+    values, plain = how.of_pairs(*ends), _not_normalized(how)
+    nats = None if plain is None else plain.of_pairs(*ends)
     names = (("first",), "second", tuple(map(str, range(q1.shape[-2]))), measure)
+    load = mean_of_seen(np.stack([end.q.reshape(-1, *end.q.shape[-2:]) for end in ends]), 1)[0]
+    flat = _over_maximum(load, sizes)
     if q1.ndim == 2:
-        return Divergence(values[None], *names, "pooled", 0, np.isnan(values)[None].astype(np.int64))
+        undefined = np.isnan(values)[None].astype(np.int64)
+        jsd = None if nats is None else nats[None]
+        return Divergence(values[None], *names, "pooled", 0, undefined, jsd=jsd, load_entropy=flat)
     mean, undefined = mean_of_seen(values)
-    return Divergence(mean[None], *names, "paired", len(values), undefined[None], values[None])
+    jsd = None if nats is None else mean_of_seen(nats)[0][None]
+    how_many = ("paired", len(values), undefined[None], values[None])
+    return Divergence(mean[None], *names, *how_many, jsd=jsd, load_entropy=flat)
 
 
 # ---- of all pairs of groups

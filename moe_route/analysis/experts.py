@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -22,10 +22,12 @@ from moe_route.analysis.inputs import (
 )
 from moe_route.analysis.measures import places, ratio
 from moe_route.analysis.overlap import above, chance_of_overlap, first, in_layers
-from moe_route.analysis.resampling import Sequences, draw_together, stability_selection
+from moe_route.analysis.resampling import Sequences, draw_together, stability_selection, tokens_per_sequence
 from moe_route.analysis.result import Result, mean_of_seen
 from moe_route.analysis.stats import RESAMPLES, normal_of_t, t_of_normal
+from moe_route.analysis.tokens import check_trace, class_index, token_rows
 from moe_route.base.table import Table
+from moe_route.recording import Trace
 from moe_route.steering import ExpertSelection
 
 # ---- how much more often a task's tokens choose each expert than a baseline's, with intervals over items
@@ -247,6 +249,8 @@ def task_experts(
     level: float = 0.95,
     phase: str | None = None,
     by: str = "sequence",
+    matched: Literal["digits"] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> ExpertSelection:
     """Select the experts of a task: ``Delta > threshold`` between task text and general text of one language.
 
@@ -260,10 +264,24 @@ def task_experts(
             selected have such a difference with probability ``level`` (see ``expert_difference_interval``). Needs
             kept sequences, of both phases.
         level: level of that interval.
+        matched: "digits" compares digits with digits and other tokens with other tokens, both weighed by their share in
+            the task. So experts of digits are no experts of a task that has more of them. ``task`` and ``baseline`` are
+            then traces.
+        classes: for ``matched``, the class of each token id, as ``token_classes`` gives it.
 
-    If no expert is above the threshold, the description names the largest difference, and a threshold to try.
+    If no expert is above the threshold, the description names the largest difference, and a threshold to try. It ends
+    with what else differs between the two recordings: shares of digits, punctuation and first tokens, and tokens per
+    text. What differs there may be what the experts are experts of.
     """
     text = f"task experts{'' if group is None else f' of {group}'}"
+    if matched is not None or isinstance(task, Trace):
+        if matched != "digits" or lower:
+            raise AnalysisError('traces are compared by matched="digits", without lower: pass that, or statistics')
+        delta, also = _matched_difference(task, baseline, group, baseline_group, phase, by, classes)
+        experts = _above_threshold(above(delta, threshold, top), delta, delta, layers, None, threshold, text, also)
+        # the trace does not say how many experts there are
+        return ExpertSelection(experts, scores=experts.scores, threshold=threshold, description=experts.description)
+    also = what_else_differs(task, baseline, group, baseline_group)
     if not lower:
         delta = expert_difference(task, baseline, group=group, baseline_group=baseline_group, phase=phase, by=by)
         chosen, bar = above(delta, threshold, top), delta
@@ -276,7 +294,134 @@ def task_experts(
         delta, bar = joint.values, joint.joint_low
         chosen = above(delta, threshold, top) & above(bar, threshold)
         text = f"{text}, lower end of the joint {level * 100:g} % interval"
-    return _above_threshold(chosen, delta, bar, layers, task, threshold, text)
+    return _above_threshold(chosen, delta, bar, layers, task, threshold, text, also)
+
+
+# ---- what else differs between a task and its baseline
+
+
+def what_else_differs(
+    task: Frequencies, baseline: Frequencies, group: str | None = None, baseline_group: str | None = None
+) -> str:
+    """Shares of digits, punctuation and first tokens, and tokens per text, of the task and of the baseline.
+
+    A line that begins with "; ", or "" for arrays. Digits and punctuation are those that ``record_texts`` counted.
+    """
+    if not (isinstance(task, Statistics) and isinstance(baseline, Statistics)):
+        return ""
+    ours = task.groups[group_index(task, group, "task group")]
+    theirs = baseline.groups[group_index(baseline, _other_group(baseline, group, baseline_group), "baseline group")]
+    return _differing(_contents(task, ours), _contents(baseline, theirs))
+
+
+def _contents(statistics: Any, group: str) -> dict[str, float]:
+    """Name of a property of the texts -> its value; those that are not known are left out."""
+    (per_text,) = tokens_per_sequence(statistics, (group,)).tolist()
+    counted = (statistics.metadata.get("token_classes") or {}).get(group)
+    contents = {}
+    if counted:
+        contents = {name: counted.get(key, 0) / sum(counted.values()) for name, key in _CLASSES.items()}
+    if per_text > 0:  # NaN where no sequences were counted
+        contents |= {"first tokens": 1 / per_text, "tokens per text": per_text}
+    return contents
+
+
+_CLASSES = {"digits": "digit", "punctuation": "punctuation"}
+
+
+def _differing(ours: dict[str, float], theirs: dict[str, float]) -> str:
+    shown = []
+    for name in (*_CLASSES, "first tokens", "tokens per text"):
+        if name in ours and name in theirs:
+            ends = (ours[name], theirs[name])
+            shown.append(name + " " + " / ".join(f"{x:.1f}" if "per" in name else f"{x:.1%}" for x in ends))
+        elif name in _CLASSES:
+            shown.append(f"{name} not recorded")
+    return f"; what else differs (task / baseline): {', '.join(shown)}"
+
+
+def _matched_difference(
+    task: Any,
+    baseline: Any,
+    group: str | None,
+    baseline_group: str | None,
+    phase: str | None,
+    by: str,
+    classes: Sequence[str] | None,
+) -> tuple[np.ndarray, str]:
+    """Delta [layer, expert] of traces with digits compared among themselves, and what else differs."""
+    for trace in (task, baseline):
+        check_trace(trace)
+    if classes is None:
+        raise AnalysisError("digits are told from the texts of token ids: pass classes=token_classes(...)")
+    if task.layer_numbers != baseline.layer_numbers:
+        raise AnalysisError("task and baseline were traced in other layers: trace the same ones")
+    other = baseline_group or (group if len(baseline.groups) > 1 else None)
+    ours, theirs = (_OfClasses.of(*given, phase, classes, by) for given in ((task, group), (baseline, other)))
+    for number, name in enumerate(("other tokens", "digits")):
+        if ours.share[number] > 0 and not theirs.tokens[number]:
+            raise AnalysisError(
+                f"the baseline has no {name}, and {ours.share[number]:.0%} of the task's tokens are: take a baseline "
+                "that has some"
+            )
+    experts = max(int(trace.ids.max(initial=0)) for trace in (task, baseline)) + 1
+    delta = np.full((max(task.layer_numbers) + 1, experts), np.nan)
+    for place, layer in enumerate(task.layer_numbers):
+        differences = [ours.frequency(place, c, experts) - theirs.frequency(place, c, experts) for c in (0, 1)]
+        weighed = [share * one for share, one in zip(ours.share, differences, strict=True) if share > 0]
+        delta[layer] = np.sum(weighed, axis=0)
+    return delta, ", digits matched" + _differing(ours.contents, theirs.contents)
+
+
+@dataclass(frozen=True, eq=False)
+class _OfClasses:
+    """Tokens of one group of a trace, digits (1) and others (0).
+
+    Attributes:
+        rows, digit, sequence: int64 [n], bool [n], int64 [n]: the tokens in the trace, and the sequence of each.
+        share: [2], share of each class, mean over sequences or tokens.
+        tokens: [2], tokens of each class.
+    """
+
+    trace: Any
+    rows: np.ndarray
+    digit: np.ndarray
+    sequence: np.ndarray
+    by: str
+    share: tuple[float, float]
+    tokens: tuple[int, int]
+    contents: dict[str, float]
+
+    @classmethod
+    def of(cls, trace: Any, group: str | None, phase: str | None, classes: Sequence[str], by: str) -> _OfClasses:
+        if group is None and len(trace.groups) > 1:
+            raise AnalysisError(f"name the group: the trace holds {', '.join(trace.groups)}")
+        rows = token_rows(trace, group, phase)
+        index, names = class_index(trace, rows, classes)
+        named = np.asarray(names)[index]
+        digit = named == "digit"
+        _, sequence = np.unique(trace.sequence[rows], return_inverse=True)
+        sizes = np.bincount(sequence)
+        texts = float(np.mean(np.bincount(sequence, digit) / sizes)) if by == "sequence" else float(digit.mean())
+        contents = {
+            "digits": float(digit.mean()),
+            "punctuation": float((named == "punctuation").mean()),
+            "first tokens": len(sizes) / len(rows),
+            "tokens per text": len(rows) / len(sizes),
+        }
+        number = int(digit.sum())
+        return cls(trace, rows, digit, sequence, by, (1 - texts, texts), (len(rows) - number, number), contents)
+
+    def frequency(self, place: int, of_class: int, experts: int) -> np.ndarray:
+        """Mean number of times that a token of a class chooses each expert, float64 [E]."""
+        kept = self.digit == bool(of_class)
+        ids, sequence = self.trace.ids[self.rows[kept], place], self.sequence[kept]
+        _, sequence, sizes = np.unique(sequence, return_inverse=True, return_counts=True)
+        weight = (
+            1 / (len(sizes) * sizes[sequence]) if self.by == "sequence" else np.full(len(sequence), 1 / len(sequence))
+        )
+        chosen = ids >= 0
+        return np.bincount(ids[chosen], np.broadcast_to(weight[:, None], ids.shape)[chosen], experts)
 
 
 def _above_threshold(
@@ -287,10 +432,12 @@ def _above_threshold(
     statistics: Any,
     threshold: float,
     text: str,
+    also: str = "",
 ) -> ExpertSelection:
     """The chosen experts of these layers; if there are none, the description says which threshold would find some.
 
-    ``bar`` float64 [layer, expert] is what is compared with the threshold, ``delta`` the scores.
+    ``bar`` float64 [layer, expert] is what is compared with the threshold, ``delta`` the scores, ``also`` the end of
+    the description.
     """
     kept = in_layers(len(delta), layers)
     if not (chosen & kept).any():
@@ -299,7 +446,7 @@ def _above_threshold(
         if most > 0:
             below = float(f"{most * 0.995:.2g}")  # of two digits
             text += f", so try threshold {below if below < most else most * 0.9:.2g} (--threshold)"
-    return selection(chosen & kept, delta, statistics, threshold=threshold, description=text)
+    return selection(chosen & kept, delta, statistics, threshold=threshold, description=text + also)
 
 
 def multilingual_experts(
@@ -464,6 +611,7 @@ def _of_all_items(
         on, off = largest & (signed > 0), largest & (signed < 0)
         text = f"risk difference, {top_n} largest"
     on &= places(signed) < limits[:, None]
+    text += what_else_differs(positive, negative, group, baseline_group)
     raised, lowered = (selection(part, values, positive, threshold=None, description=text) for part in (on, off))
     return RiskExperts(raised, lowered, values)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections import Counter
@@ -13,6 +12,8 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from moe_route.analysis.measures import ratio
+from moe_route.base import schema
+from moe_route.base.schema import FileRefusedError
 from moe_route.recording import SentenceVectors
 from moe_route.steering import ExpertSelection, PlanModel
 
@@ -257,31 +258,23 @@ def paired_items(
 def read_scores(path: Path) -> dict[str, float]:
     """group -> score, of a JSON file or of tab-separated lines, whose first may be a heading.
 
-    Raises ``ValueError`` for another form, a score that is no finite number, and a group that comes twice.
+    Raises ``FileRefusedError`` for another form, a score that is no finite number, and a group that comes twice.
     """
-    text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        content = json.loads(text)
-        if not isinstance(content, Mapping):
-            raise ValueError(f"{path} must be a JSON object: {{group: score}}")
-        return _finite({str(group): float(score) for group, score in content.items()}, path)
+        named: dict[str, float] = schema.read(Mapping[str, float], schema.load_json(path), str(path))
+        return named
     scores: dict[str, float] = {}
-    for number, line in enumerate(filter(str.strip, text.splitlines())):
+    for number, line in enumerate(filter(str.strip, schema.read_text(path).splitlines())):
         group, *rest = line.split("\t")
         try:
             score = float(rest[0])
         except (ValueError, IndexError):
             if number:
-                raise ValueError(f"{path}: {line!r} is not a group, a tab and a score") from None
+                raise FileRefusedError(f"{path}: {line!r} is not a group, a tab and a score") from None
             continue
         if group in scores:
-            raise ValueError(f"{path}: {group} comes twice: keep one of its scores")
-        scores[group] = score
-    return _finite(scores, path)
-
-
-def _finite(scores: dict[str, float], path: Path) -> dict[str, float]:
-    for group, score in scores.items():
+            raise FileRefusedError(f"{path}: {group} comes twice: keep one of its scores")
         if not math.isfinite(score):
-            raise ValueError(f"{path}: the score of {group} is {score}: leave the group out")
+            raise FileRefusedError(f"{path}: the score of {group} is {score}: leave the group out")
+        scores[group] = score
     return scores

@@ -118,7 +118,8 @@ def entropy_experts(
 
     An expert's frequencies are divided by their sum over groups; low entropy means that few groups use it. Candidates
     are the experts that some group uses more often than the bar, the ``percentile`` of all frequencies. Ties go to the
-    lower layer and expert.
+    lower layer and expert. Bar and number are those of the authors' program: of n frequencies the bar is the one with
+    place ``round(n * percentile / 100)``, not interpolated, and a share is rounded to the nearest whole number.
 
     Args:
         top_n: give each group this number of experts, the lowest in entropy of those it uses above the bar.
@@ -135,7 +136,8 @@ def entropy_experts(
     frequency = frequencies_of(statistics, names, phase, by)
     real = np.arange(frequency.shape[-1]) < np.asarray(statistics.num_experts)[:, None]
     seen = real & ~np.isnan(frequency)
-    cut = np.percentile(frequency[seen], percentile)
+    ordered = np.sort(frequency[seen])
+    cut = ordered[max(round(ordered.size * percentile / 100), 1) - 1]
     frequency = np.where(seen, frequency, 0.0)
     total = frequency.sum(0)
     of_group = ratio(frequency, total, empty=0.0)
@@ -143,7 +145,7 @@ def entropy_experts(
     above = seen & (frequency > cut)
     lowest = None
     if share is not None:
-        number = int(share * real.sum())
+        number = round(share * int(real.sum()))
         if number < 1:
             raise AnalysisError(f"share={share} of {real.sum()} experts is none: use {1 / real.sum():.3g} or more")
         lowest = _lowest(spread, above.any(0), number)

@@ -10,10 +10,12 @@ import numpy as np
 
 from moe_route.analysis.inputs import AnalysisError, pick_groups, selection
 from moe_route.analysis.measures import entropy_of, places, ratio
-from moe_route.analysis.result import Result, by_depth
+from moe_route.analysis.result import Result, by_depth, mean_of_seen
+from moe_route.analysis.u_shape import middle_layers
 from moe_route.base.table import Table
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection
+from moe_route.steering.layers import show_numbers
 
 _POOLED = "all groups"
 
@@ -174,6 +176,83 @@ def _or_nan(reduce: Any, values: np.ndarray) -> float:
     """A reduction of the values that are not NaN; NaN if there are none."""
     kept = values[~np.isnan(values)]
     return float(reduce(kept)) if kept.size else float("nan")
+
+
+# ---- narrowing: fewer experts in the last layers than in the middle, against a reference language
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Narrowing(Result):
+    """Effective number of experts ``exp(H(q))`` by group and layer, and how it falls towards the last layers.
+
+    Attributes:
+        effective: float64 [group, layer].
+        ratio: float64 [group], mean of the last layers over that of the middle.
+        against: float64 [group], ``ratio`` over that of the reference; below 1 the group narrows more than it does.
+        groups, layers: names of the axes.
+        reference: the group of comparison.
+        first_layers, middle_layers, last_layers: the layers of each mean.
+        kind: of the distributions q.
+    """
+
+    effective: Annotated[np.ndarray, "group layer"]
+    ratio: Annotated[np.ndarray, "group"]
+    against: Annotated[np.ndarray, "group"]
+    groups: tuple[str, ...]
+    layers: tuple[str, ...]
+    reference: str
+    first_layers: tuple[int, ...]
+    middle_layers: tuple[int, ...]
+    last_layers: tuple[int, ...]
+    kind: str
+
+    def mean(self, layers: Sequence[int]) -> np.ndarray:
+        """float64 [group]: mean effective number of these layers."""
+        return mean_of_seen(self.effective[:, list(layers)], 1)[0]
+
+    def tables(self) -> list[Table]:
+        parts = (self.first_layers, self.middle_layers, self.last_layers)
+        head = ["group", *(f"layers {show_numbers(part)}" for part in parts), "last / middle", "against reference"]
+        columns = [*(self.mean(part).tolist() for part in parts), self.ratio.tolist(), self.against.tolist()]
+        note = (
+            f"against {self.reference}; below 1: fewer experts in the last layers than {self.reference} has. It is no "
+            "mark of languages with little text: German and Chinese show it as well"
+        )
+        rows = [[name, *row] for name, *row in zip(self.groups, *columns, strict=True)]
+        return [Table(head, rows, "Effective number of experts, exp(H)", note)]
+
+
+def narrowing(
+    statistics: RoutingStatistics,
+    reference: str = "eng_Latn",
+    *,
+    groups: Sequence[str] | None = None,
+    phase: Literal["prefill", "decode"] | None = None,
+    kind: str = "full",
+    by: Literal["token", "sequence"] = "token",
+) -> Narrowing:
+    """Compare how far the experts in use narrow towards the last layers with how far those of a reference do.
+
+    The claim that usage entropy falls sharply in the last layers in some languages, and little in English, is that of
+    arXiv 2605.17598. Its definition could not be read: this is ``exp(H(q))`` of the pooled distribution, the mean over
+    the last layers (a twelfth) over that of ``middle_layers``.
+
+    Args:
+        groups: by default all; the reference is always among them.
+        kind: "full", "topk" or "count", see ``RoutingStatistics.mean_distribution``. phase, by: likewise.
+    """
+    pick_groups(statistics, (reference,), phase=phase)
+    names = pick_groups(statistics, groups, phase=phase)
+    names = (reference, *(name for name in names if name != reference))
+    number = len(statistics.layers)
+    edge = max(1, number // 12)
+    parts = tuple(range(edge)), middle_layers(number), tuple(range(number - edge, number))
+    rows = [statistics.groups.index(name) for name in names]
+    q: Any = statistics.mean_distribution(kind, phase, by)[rows]  # type: ignore[arg-type]
+    effective = np.exp(entropy_of(q))
+    middle, last = (mean_of_seen(effective[:, list(part)], 1)[0] for part in parts[1:])
+    share = ratio(last, middle)
+    return Narrowing(effective, share, ratio(share, share[0]), names, tuple(statistics.layers), reference, *parts, kind)
 
 
 # ---- the experts that every group uses most

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 from typing import Any
 
@@ -176,7 +176,8 @@ def _experts_of(selections: Mapping[str, ExpertSelection], given: int | Sequence
                 f"{name!r} is a {type(experts).__name__}, not a selection: make an ExpertSelection of it"
             )
         try:
-            model = model.merged(experts.model)
+            # checkpoints of one configuration may be compared
+            model = model.merged(replace(experts.model, router_hash=None, weights_hash=None))
         except ValueError as error:
             raise AnalysisError(f"selection {name!r} is of another model: {error}") from None
     if given is None:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from moe_route.analysis.experts import risk_experts, task_experts
 from moe_route.analysis.inputs import AnalysisError, Statistics
+from moe_route.base import schema
 from moe_route.base.table import ShownAsTables, Table
 from moe_route.data import shipped_studies
 from moe_route.steering.layers import layers
@@ -89,6 +90,9 @@ class Recipe:
     experts: int | None = None
     before: float | None = None
     after: float | None = None
+
+    def __post_init__(self) -> None:
+        schema.check(self)
 
     def __call__(
         self,
@@ -180,7 +184,7 @@ class Recipes(ShownAsTables, dict[str, Recipe]):
 def plan_of(
     experts: ExpertSelection,
     where: Sequence[int],
-    kind: str,
+    kind: Literal["soft", "hard"],
     *,
     strength: float | None = None,
     correction: Literal[0, 1] = 0,
@@ -192,15 +196,15 @@ def plan_of(
     """
     if kind == "hard":
         return Plan.force_on(experts, where, weight="paper")
-    assert strength is not None
+    if kind != "soft" or strength is None:
+        raise ValueError(f'experts are steered "hard", or "soft" with a strength, not {kind!r} with {strength}')
     return Plan.activate(experts, where, strength=strength, correction=correction)
 
 
 def recipe(name: str) -> Recipe:
     """The published setting with this name; ``analysis.recipes.RECIPES`` shows all. ``ValueError`` for other names."""
     if name not in RECIPES:
-        close = [known for known in RECIPES if set(name.lower().split("/")) & set(known.split("/"))] or [*RECIPES]
-        raise ValueError(f"there is no recipe {name!r}: there are {', '.join(close[:6])} (moe-route plan make)")
+        raise ValueError(f"there is no recipe {name!r}: {schema.meant(name, RECIPES)} (moe-route plan make)")
     return RECIPES[name]
 
 
@@ -238,7 +242,7 @@ def _paper() -> list[Recipe]:
     recipes = []
     for study, (experts, before, after) in _PAPER_RESULTS.items():
         key, _, task = study.rpartition("-")
-        settings = tomllib.loads(shipped_studies()[study].read_text(encoding="utf-8"))
+        settings = tomllib.loads(schema.read_text(shipped_studies()[study]))
         steer = settings["steer"]
         recipes.append(
             Recipe(

@@ -129,19 +129,24 @@ def by_depth(
     note: str = "",
     before: Mapping[str, Sequence[object]] | None = None,
     after: Mapping[str, Sequence[object]] | None = None,
+    marked: Sequence[int] = (),
 ) -> Table:
     """A table of values [row, layer], with a column per layer, or per run of layers (their mean) if there are many.
 
     Without ``values``, ``rows`` holds the values [layer] of each row by its name.
     ``layers`` are the numbers of the layers, by default counted from 0. ``before`` and ``after`` are further columns by
-    name, with a value per row.
+    name, with a value per row. The names of columns that hold a layer at the places ``marked`` end with "*".
     """
     if values is None:
         assert isinstance(rows, Mapping)
         values = np.stack(list(rows.values()))
     numbers = np.arange(values.shape[1]) if layers is None else np.asarray(layers)
     parts = np.array_split(np.arange(values.shape[1]), min(values.shape[1], _COLUMNS))
-    columns = {show_numbers(numbers[part].tolist()): mean_of_seen(values[:, part], 1)[0].tolist() for part in parts}
+    star = ["*" if set(marked) & set(part.tolist()) else "" for part in parts]
+    columns = {
+        f"{show_numbers(numbers[part].tolist())}{mark}": mean_of_seen(values[:, part], 1)[0].tolist()
+        for part, mark in zip(parts, star, strict=True)
+    }
     shown = {**(before or {}), **columns, **(after or {})}
     cells = zip(rows, *shown.values(), strict=True)
     return Table(["layer", *shown], [list(row) for row in cells], title, note)

@@ -111,7 +111,7 @@ def _depth_verdict(low: float, high: float) -> str:
 
 
 def middle_layers(layers: int) -> tuple[int, ...]:
-    """The middle third of the layers, rounded so that both ends are equal: 16 to 31 of 48, 2 to 5 of 8."""
+    """The layers between the first third and the last, whose sizes are rounded down: 16 to 31 of 48, 2 to 5 of 8."""
     return tuple(range(layers // 3, layers - layers // 3))
 
 

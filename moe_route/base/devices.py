@@ -7,7 +7,9 @@ replays would copy from host memory that is no longer valid.
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
 from types import TracebackType
@@ -108,6 +110,8 @@ class Block(AbstractContextManager[T]):
     such as "routed.steer(plan)".
     """
 
+    _entered = True  # until it is made
+
     def __init__(self, call: str, manager: AbstractContextManager[T]) -> None:
         self._call, self._manager, self._entered = call, manager, False
 
@@ -125,7 +129,17 @@ class Block(AbstractContextManager[T]):
             warn_never_entered(self._call)
 
 
-def warn_never_entered(call: str) -> None:
-    """Warn, from a `__del__`, that the result of `call` was never entered."""
+def warn_never_entered(call: str, *, _ends: Callable[[], bool] = sys.is_finalizing) -> None:
+    """Warn, from a `__del__`, that the result of `call` was never entered. It never raises.
+
+    Where warnings are errors, the line goes to standard error, since nobody could catch it. At the end of the process,
+    when names of modules may be gone, nothing is said.
+    """
+    if _ends():
+        return
     said = f"{call} was never entered and does nothing: write `with {call}:` and call the model inside"
-    warnings.warn(said, RuntimeWarning, stacklevel=3)
+    try:
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
+    except RuntimeWarning:
+        if sys.stderr is not None:
+            sys.stderr.write(f"moe-route: {said}\n")

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -29,6 +32,8 @@ import numpy as np
 import torch
 
 from moe_route import __version__
+from moe_route.base.budget import Budget, extent
+from moe_route.base.schema import FileRefusedError, check_format, load_json, reading, stamp
 
 try:
     import fcntl
@@ -70,6 +75,8 @@ _KEY = "moe_route"
 _ROWS = "rows."  # prefix of tensors that are written in blocks
 _LENGTH_BYTES = 8  # layout of safetensors: header length (uint64, little endian), header (JSON), data
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors readers refuse more
+_UNFINISHED = ".new"  # suffix of folders that are being written
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries in Rust, whose errors are of other classes
 _NO_HASH = "0" * 64  # placeholder for a hash
 _LOCKED_BYTE = 2**31 - 2  # stands for the file on Windows, whose locks reach no further and keep others from reading
 _DTYPES = {
@@ -97,6 +104,7 @@ _FULL_DISK = {
     errno.EFBIG: "choose a path on a disk that takes files of this size",
     errno.EIO: "check the disk, or choose a path on another one",
 }
+_UNCHANGED = "(an older file there is unchanged)"
 FULL_DISK = frozenset(_FULL_DISK)
 """Numbers of the system errors after which the same file may be written once somebody has made room."""
 _NOT_ALLOWED = {
@@ -106,10 +114,6 @@ _NOT_ALLOWED = {
     errno.ENOENT: "choose a folder in which files can be made",  # the folder is there: /proc, or removed since
     errno.ENAMETOOLONG: "choose a shorter name",
 }
-
-
-class FileRefusedError(ValueError):
-    """Raised for a file that is damaged, foreign or too new; the message says what is wrong and what to do."""
 
 
 class Block(Protocol):
@@ -141,7 +145,7 @@ class StoredBlock:
 
     def read(self) -> dict[str, np.ndarray]:
         """Name -> array ``[rows, ...]``. Raises ``FileRefusedError`` if the file is missing or has been replaced."""
-        with _reading(self.path), open(self.path, "rb") as stream:
+        with reading(self.path), open(self.path, "rb") as stream:
             tensors = {name: _read_tensor(self.path, stream, entry) for name, entry in self.entries.items()}
         if _digest(tensors, None) != self.sha256:
             raise FileRefusedError(
@@ -307,21 +311,74 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """A folder that takes the name ``path`` only when the block ends without an exception; else it is deleted.
 
-    Raises ``FileExistsError`` if ``path`` holds something already.
+    With ``replace``, a folder that is there stays until the new one takes its name, and is deleted then. What killed
+    processes left beside it is deleted, or takes its name back.
+
+    Raises ``FileExistsError`` if ``path`` holds something already, or another process made it meanwhile, and
+    ``OSError`` that says what to do if it cannot be written.
     """
-    check_new_folder(path)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    unfinished.mkdir()
+    old = target.with_name(f".{target.name}.old")
+    _settle(target, old)
+    if not replace:
+        check_new_folder(path)
+    with _explained(target, _NOT_ALLOWED | _FULL_DISK):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished, descriptor = _new_unfinished(target)
     try:
-        yield unfinished
-        unfinished.rename(target)
+        with _explained(target, _FULL_DISK):
+            yield unfinished
+        if replace and target.exists():
+            target.rename(old)  # a process that is killed here leaves it to the next one
+        if target.name.startswith(".") and target.suffix == _UNFINISHED:  # of a block around this one, which locked it
+            for part in unfinished.iterdir():
+                part.rename(target / part.name)
+            return
+        try:
+            unfinished.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise FileExistsError(f"{target} was made by another process meanwhile: name a new one") from error
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _settle(target: Path, old: Path) -> None:
+    """Undo or end what a killed process began: only folders that no process has locked are touched."""
+    if old.is_dir():
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{_UNFINISHED}") if fcntl else ():
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            descriptor = open_folder(left)
+            try:
+                if lock(descriptor):
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _new_unfinished(target: Path) -> tuple[Path, int | None]:
+    """A folder beside ``target``, and the descriptor that has it locked; Windows renames no folder that is open."""
+    while True:
+        unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+        unfinished.mkdir()
+        if not fcntl:
+            return unfinished, None
+        descriptor = open_folder(unfinished)
+        lock(descriptor)
+        if unfinished.exists():
+            return unfinished, descriptor
+        os.close(descriptor)  # another process deleted it before it was locked
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -331,6 +388,8 @@ def _target(path: str | os.PathLike[str]) -> Path:
         os.stat(target)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{target} is a folder: give the name of a file in it")
+    if target.exists() and not target.is_file():  # a rename would put a file in the place of /dev/null
+        raise OSError(errno.EINVAL, f"{target} is a device or a pipe: give the name of a file")
     if not target.parent.is_dir():
         raise FileNotFoundError(
             errno.ENOENT,
@@ -344,13 +403,13 @@ def _explained(target: Path, advice: Mapping[int, str]) -> Iterator[None]:
     """Add the file and the advice to the message of a system error for which there is advice."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None or error.errno not in advice:
+    except Exception as error:
+        said = None if isinstance(error, OSError) else _SYSTEM_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+        if number is None or number not in advice or str(error).endswith(_UNCHANGED):
             raise
         raise OSError(
-            error.errno,
-            f"{target} was not written ({os.strerror(error.errno).lower()}): {advice[error.errno]} "
-            "(an older file there is unchanged)",
+            number, f"{target} was not written ({os.strerror(number).lower()}): {advice[number]} {_UNCHANGED}"
         ) from error
 
 
@@ -450,7 +509,7 @@ def write(
     reserved = [name for name in held if name.startswith(_ROWS)]
     if reserved:
         raise ValueError(f"tensor names beginning with {_ROWS!r} are those of blocks: rename {reserved[0]!r}")
-    envelope: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "library_version": __version__}
+    envelope: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "library_version": __version__, **stamp(kind)}
     envelope["header"] = _checked_header(header)
     if blocks:
         envelope["blocks"] = {"rows": [block.rows for block in blocks], "sha256": [_NO_HASH] * len(blocks)}
@@ -584,10 +643,10 @@ def read_blocks(
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[StoredBlock]]:
-    with _reading(path), open(path, "rb") as stream:
-        layout, start = _layout(path, stream)
-        envelope = _envelope(path, layout, kind)
-        entries = _entries(path, layout, start)
+    with reading(path) as budget, open(path, "rb") as stream:
+        layout, start = _layout(path, stream, budget)
+        envelope = _envelope(path, layout, kind, budget)
+        entries = _entries(path, layout, start, budget)
         tensors = {
             name: _read_tensor(path, stream, entry) for name, entry in entries.items() if not name.startswith(_ROWS)
         }
@@ -605,6 +664,8 @@ def _blocks(path: Path, entries: Mapping[str, _Entry], said: Mapping[str, Any] |
     rows = {name.removeprefix(_ROWS): entry for name, entry in entries.items() if name.startswith(_ROWS)}
     blocks, first = [], 0
     for count, sha256 in zip(said["rows"], said["sha256"], strict=True) if said else ():
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"a block has {count!r} rows")
         of_block = {name: entry.part(first, count) for name, entry in rows.items()}
         blocks.append(StoredBlock(Path(os.path.abspath(path)), count, sha256, of_block))
         first += count
@@ -657,7 +718,7 @@ def is_json(path: str | os.PathLike[str]) -> bool:
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], kind: str) -> None:
     """Write JSON of a ``kind`` to ``path``, to read and edit, whole or not at all. It has no hash."""
-    write_text(path, f"{readable_json({_KEY: kind, 'schema': SCHEMA, **content})}\n")
+    write_text(path, f"{readable_json({_KEY: kind, 'schema': SCHEMA, **stamp(kind), **content})}\n")
 
 
 def readable_json(content: Any, indent: str = "") -> str:
@@ -687,13 +748,7 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
     Raises ``FileRefusedError`` for a missing file, one that is not JSON, another kind, or a newer schema.
     """
-    source = Path(path)
-    with _reading(source):
-        text = source.read_bytes()
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileRefusedError(f"{path} is not JSON ({error}): correct it there, or save it again") from error
+    content = load_json(path)
     if not isinstance(content, dict) or content.get(_KEY) != kind:
         raise FileRefusedError(f'{path} is not a {kind}: it lacks "{_KEY}": "{kind}"; write it with {kind}.save')
     if "schema" not in content:
@@ -702,6 +757,7 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         raise FileRefusedError(
             f"{path} has schema {content.get('schema')!r}, this version reads up to {SCHEMA}: upgrade moe-route"
         )
+    check_format(kind, content, os.fspath(path))
     return content
 
 
@@ -712,30 +768,19 @@ def read_header(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
     messages that name the kind of a file.
     """
     source = Path(path)
-    with _reading(source), open(source, "rb") as stream:
-        return _envelope(source, _layout(source, stream)[0], kind)
+    with reading(source) as budget, open(source, "rb") as stream:
+        return _envelope(source, _layout(source, stream, budget)[0], kind, budget)
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn system errors from reading a file into ``FileRefusedError``."""
-    if path.is_dir():
-        raise FileRefusedError(f"{path} is a folder: give the name of a file in it")
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileRefusedError(f"{path} does not exist: check the name") from error
-    except OSError as error:
-        raise FileRefusedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-
-
-def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None, budget: Budget) -> dict[str, Any]:
     """The checked metadata of a file; refuses everything that is not a file of ``kind``."""
     try:
-        envelope: dict[str, Any] = json.loads(layout.get("__metadata__", {})[_KEY])
-        canonical_json(envelope)  # nesting that can be parsed may still be too deep to serialize
+        envelope: dict[str, Any] = budget.json(layout.get("__metadata__", {})[_KEY])
+        canonical_json(envelope)  # without NaN, which no hash is made of
         schema, found, header = envelope["schema"], envelope["kind"], envelope["header"]
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except FileRefusedError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FileRefusedError(
             f"{path} is a safetensors file, but not one that moe-route wrote: give a moe-route file"
         ) from error
@@ -750,10 +795,11 @@ def _envelope(path: Path, layout: Mapping[str, Any], kind: str | None) -> dict[s
         )
     if kind is not None and found != kind:
         raise FileRefusedError(f"{path} holds {found!r}, not {kind!r}: give a file of the right kind")
+    check_format(found, envelope, os.fspath(path), writer=envelope.get("library_version"))
     return envelope
 
 
-def _layout(path: Path, stream: IO[bytes]) -> tuple[dict[str, Any], int]:
+def _layout(path: Path, stream: IO[bytes], budget: Budget) -> tuple[dict[str, Any], int]:
     """The safetensors header, and the position of the data; checks the file's length against the header."""
     size = os.fstat(stream.fileno()).st_size
     if not size:
@@ -769,10 +815,12 @@ def _layout(path: Path, stream: IO[bytes]) -> tuple[dict[str, Any], int]:
     if start - _LENGTH_BYTES > _LONGEST_HEADER:
         raise FileRefusedError(f"{path} is not a moe-route file (its header is too long): give a moe-route file")
     try:
-        layout: dict[str, Any] = json.loads(head[_LENGTH_BYTES:] + stream.read(start - len(head)))
+        layout: dict[str, Any] = budget.json(head[_LENGTH_BYTES:] + stream.read(start - len(head)))
         end = max((entry["data_offsets"][1] for key, entry in layout.items() if key != "__metadata__"), default=0)
         missing = start + end - size
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except FileRefusedError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise FileRefusedError(
             f"{path} is damaged (its header is not valid): restore it from a copy or make it again"
         ) from error
@@ -785,9 +833,10 @@ def _layout(path: Path, stream: IO[bytes]) -> tuple[dict[str, Any], int]:
     return layout, start
 
 
-def _entries(path: Path, layout: Mapping[str, Any], start: int) -> dict[str, _Entry]:
-    """The positions of the tensors of a file."""
-    entries = {}
+def _entries(path: Path, layout: Mapping[str, Any], start: int, budget: Budget) -> dict[str, _Entry]:
+    """The positions of the tensors of a file, which share no byte."""
+    entries: dict[str, _Entry] = {}
+    places = []
     try:
         for name, said in layout.items():
             if name == "__metadata__":
@@ -795,8 +844,15 @@ def _entries(path: Path, layout: Mapping[str, Any], start: int) -> dict[str, _En
             first, last = said["data_offsets"]
             shape = tuple(said["shape"])
             entries[name] = entry = _Entry(_DTYPES[said["dtype"]], shape, start + first)
+            budget.enter(len(shape))
             if not all(isinstance(n, int) and n >= 0 for n in (first, last, *shape)) or entry.nbytes != last - first:
                 raise ValueError(name)
+            budget.spend(extent(shape))
+            places.append((first, last))
+        if any(first < last for (_, last), (first, _) in itertools.pairwise(sorted(places))):
+            raise ValueError("tensors share their bytes")
+    except FileRefusedError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise FileRefusedError(
             f"{path} is damaged (its header is not valid): restore it from a copy or make it again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WIDTH = 120  # columns of a terminal that text is broken for
+_LONGEST_CELL = 500  # characters
+# control characters but tabs and line feeds, marks that turn the direction of what follows, and halves of characters
+_UNSEEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_FORMULA = tuple("=+-@\t\r")  # what begins a formula in programs of tables
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Table:
     note: str = ""
 
     def __str__(self) -> str:
-        title, note = wrapped(self.title), wrapped(self.note)
+        title, note = wrapped(printable(self.title)), wrapped(printable(self.note))
         return "\n".join(part for part in (title, table(self.head, self.rows), note) if part)
 
     def _repr_html_(self) -> str:
@@ -66,11 +71,11 @@ class ShownAsTables(ABC):
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Format columns with two spaces between; columns of numbers (and empty cells) are aligned to the right."""
     raw = [list(row) for row in rows]
-    body = [[number(cell) for cell in row] for row in raw]
+    body = [[_cell(cell) for cell in row] for row in (head, *raw)]
     columns = range(len(head))
-    widths = [max(len(line[column]) for line in [list(head), *body]) for column in columns]
+    widths = [max(len(line[column]) for line in body) for column in columns]
     right = _right_columns(head, raw)
-    lines = ["  ".join(_pad(line[c], widths[c], right[c]) for c in columns).rstrip() for line in [list(head), *body]]
+    lines = ["  ".join(_pad(line[c], widths[c], right[c]) for c in columns).rstrip() for line in body]
     return "\n".join(lines)
 
 
@@ -79,6 +84,38 @@ def number(value: object) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: what it would not show is escaped, as ``\\u001b``.
+
+    That is also how JSON escapes it, so printed JSON stays the same JSON.
+    """
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _cell(value: object) -> str:
+    """A cell on one line, in at most 500 characters."""
+    text = printable(number(value)).replace("\n", "\\n").replace("\t", "\\t")
+    return text if len(text) <= _LONGEST_CELL else f"{text[: _LONGEST_CELL - 3]}..."
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """A data frame as CSV, in which no name is a formula: ``=1+1`` is written as ``'=1+1``. Numbers stay numbers."""
+    harmless = frame.rename(columns=_no_formula)
+    for name in harmless.columns[[dtype.kind not in "biufc" for dtype in harmless.dtypes]]:
+        harmless[name] = harmless[name].map(_no_formula)
+    return str(harmless.to_csv(index=False))
+
+
+def _no_formula(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(_FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def duration(seconds: float) -> str:
@@ -134,14 +171,14 @@ def _pad(text: str, width: int, right: bool) -> str:
 def _html_row(tag: str, cells: Sequence[object], right: Sequence[bool]) -> str:
     sides = ["right" if to_right else "left" for to_right in right]
     shown = [
-        f'<{tag} style="text-align: {side}">{escape(number(cell))}</{tag}>'
+        f'<{tag} style="text-align: {side}">{escape(_cell(cell))}</{tag}>'
         for cell, side in zip(cells, sides, strict=True)
     ]
     return f"<tr>{''.join(shown)}</tr>"
 
 
 def _html_lines(text: str) -> str:
-    return "<br>".join(escape(line) for line in text.splitlines())
+    return "<br>".join(escape(printable(line)) for line in text.splitlines())
 
 
 def data_frame(columns: Mapping[str, Any], axes: Mapping[str, Sequence[Any]] | None = None) -> pd.DataFrame:

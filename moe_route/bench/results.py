@@ -16,6 +16,7 @@ import torch
 
 import moe_route
 from moe_route.base import files
+from moe_route.base.schema import Kind
 from moe_route.base.table import ShownAsTables, Table, duration
 from moe_route.bench.timing import Race, clock_of_threads
 from moe_route.ops import library
@@ -74,6 +75,26 @@ class Fact:
     what: str
     value: float
     unit: str
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A run of benchmarks.
+
+    Attributes:
+        machine: what it ran on.
+        rows: a timing of a contender each.
+        facts: figures that are no timings of their own.
+        targets: figures that the project set itself.
+    """
+
+    machine: Mapping[str, str]
+    rows: tuple[Row, ...]
+    facts: tuple[Fact, ...]
+    targets: tuple[Target, ...]
+
+
+_RESULTS = Kind(KIND, _Content)
 
 
 @dataclass
@@ -142,14 +163,11 @@ class BenchmarkResults(ShownAsTables):
             content = files.read_json(path, KIND)
         except files.FileRefusedError as error:
             raise files.FileRefusedError(f"{error} (`moe-route bench --out FOLDER` writes such files)") from error
+        said = _RESULTS.read(content, str(path))
         with files.expected_content(path):
-            measured = Measured(
-                [Row(**row) for row in content["rows"]],
-                [Fact(**fact) for fact in content["facts"]],
-                [Target(**target) for target in content["targets"]],
-            )
+            measured = Measured(list(said.rows), list(said.facts), list(said.targets))
             _check(measured)
-            return cls({str(name): str(value) for name, value in content["machine"].items()}, measured)
+        return cls(said.machine, measured)
 
     @classmethod
     def joined(cls, runs: Sequence[BenchmarkResults]) -> BenchmarkResults:

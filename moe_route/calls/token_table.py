@@ -106,6 +106,7 @@ class Labels:
     segment: IntLike = -1  # row of the segment tables; -1: not counted
     counter: Tensor | None = None  # int64 [B, S]: a number per token that seeds its random draws
     entries: Tensor | None = None  # int64 [B, S, M]: each token's row in M tables of recorded choices; -1: none
+    told: Tensor | None = None  # int64 [B, S, 4]: what functions are told of each token (`contract.Where`)
 
     @property
     def columns(self) -> tuple[IntLike, IntLike, IntLike]:

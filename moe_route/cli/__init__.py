@@ -15,8 +15,10 @@ import logging
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 from moe_route.cli.options import Parser, meant
 
@@ -44,7 +46,7 @@ class _Program(Parser):
 
     def format_help(self) -> str:
         verbs = {action.dest: action.help or "" for action in self.verbs._choices_actions}
-        lines = ["usage: moe-route [--version] [--traceback] COMMAND ...", "", self.description or ""]
+        lines = ["usage: moe-route [--version] [--traceback] [--budget TIMES] COMMAND ...", "", self.description or ""]
         for purpose, names in _COMMANDS.items():
             lines += ["", f"{purpose}:"]
             for name in names:
@@ -61,10 +63,13 @@ def parser() -> Parser:
         description="Record, analyze and steer expert routing in Mixture-of-Experts language models.",
         epilog="Every command but lm-eval takes --json, and shows an example with --help. Without a model, the demo "
         "model is used.\nMOE_ROUTE_MODEL and MOE_ROUTE_TEXTS stand for --model and --data. --traceback shows where an "
-        "error was raised.",
+        "error was raised, and --budget 8 reads files that cost up to 8 times what is allowed.",
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     whole.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    whole.add_argument(
+        "--budget", type=float, default=1.0, metavar="TIMES", help="read files that cost so many times what is allowed"
+    )
     whole.verbs = whole.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for names in _COMMANDS.values():
         for name, module in names.items():
@@ -74,6 +79,12 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    with warnings.catch_warnings():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from moe_route.base.budget import raised
     from moe_route.cli.answer import Answer, one_line
     from moe_route.cli.interrupt import INTERRUPTED
 
@@ -83,12 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _refuse_unknown(whole, words)
     options = whole.parse_args(words)
     try:
-        for check in options.verb.checks:
-            check(options)
-        made: Answer = options.run(options)
-        answer = made.kept(getattr(options, "out", None))
+        with raised(options.budget):
+            for check in options.verb.checks:
+                check(options)
+            made: Answer = options.run(options)
+            answer = made.kept(getattr(options, "out", None))
         if options.json or answer.text:
-            print(answer.as_json() if options.json else answer.text, flush=True)
+            print(answer.shown(json=options.json), flush=True)
     except BrokenPipeError:  # `moe-route ... | head`: the reader is gone, and the flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -121,10 +133,29 @@ def _refuse_unknown(whole: Parser, words: Sequence[str]) -> None:
             here.error(f"no command {word!r} among {', '.join(known)}{meant([word], known)}")
 
 
+class _Line(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        from moe_route.base.table import printable
+
+        return printable(super().format(record))
+
+
 def _log_to_standard_error() -> None:
-    """Print the library's warnings on standard error, one line each; loggers of other libraries are left alone."""
+    """Print the library's warnings on standard error, one line each; those of other libraries are left alone."""
+    from moe_route.cli.answer import one_line
+
+    usual, here = warnings.showwarning, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
+        ours = os.path.abspath(filename).startswith(here + os.sep) or category.__module__.startswith("moe_route.")
+        if issubclass(category, RuntimeWarning) and ours:
+            print(f"moe-route: {one_line(RuntimeWarning(message))}", file=sys.stderr)
+        else:
+            usual(message, category, filename, *where, **more)
+
+    warnings.showwarning = show
     log = logging.getLogger("moe_route")
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("moe-route: %(message)s"))
+        handler.setFormatter(_Line("moe-route: %(message)s"))
         log.addHandler(handler)

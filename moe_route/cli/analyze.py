@@ -127,7 +127,10 @@ def _add_divergence(parser: Parser) -> None:
     add(parser, "interval", "layers", layers="--all-pairs: layers to look at, counted from 0 (default: all)")
     parser.add_argument("--edge", type=positive, metavar="N", help="--shape: layers at each end (default: a twelfth)")
     parser.add_argument(
-        "--middle", type=layers, metavar="A-B", help="--shape: layers of the middle (default: the middle third)"
+        "--middle",
+        type=layers,
+        metavar="A-B",
+        help="--shape: layers of the middle (default: those between the first third and the last)",
     )
 
 
@@ -223,12 +226,22 @@ def _add_layers(parser: Parser) -> None:
     parser.add_argument(
         "--of",
         required=True,
-        choices=("entropy", "consistency", "load-balance"),
-        help="how spread the routing is, how alike the tokens of a sequence route (record --consistency), or how "
-        "evenly choices are spread over experts",
+        choices=("entropy", "consistency", "load-balance", "narrowing", "specialization"),
+        help="how spread the routing is, how alike the tokens of a sequence route (record --consistency), how evenly "
+        "choices are spread over experts, how far experts narrow towards the last layers against a reference, or how "
+        "much the expert tells of the language",
     )
-    add(parser, "groups", "phase", "by", "pool", "interval", by="load-balance: mean over these (default: token)")
-    add(parser, "kind", kind="entropy: of all scores, of the chosen experts' weights, or of choices (default: full)")
+    add(
+        parser,
+        *("groups", "reference", "phase", "by", "pool", "interval"),
+        reference="narrowing: group to compare with (default: eng_Latn)",
+        by="load-balance, narrowing: mean over these (default: token)",
+    )
+    add(
+        parser,
+        "kind",
+        kind="entropy, narrowing: of all scores, of the chosen experts' weights, or of choices (default: full)",
+    )
     parser.add_argument(
         "--correct", choices=("miller_madow", "jackknife"), help="entropy: correct for short texts; needs --kind count"
     )
@@ -237,6 +250,9 @@ def _add_layers(parser: Parser) -> None:
 
 def _layers(question: Question, options: argparse.Namespace) -> Answer:
     result = ask(question, options, options.of, merged_statistics(options.files))
+    if options.of == "specialization":
+        rows = [[layer, value] for layer, value in enumerate(result.tolist())]
+        return Answer({"specialization": result.tolist()}, str(Table(("layer", "specialization"), rows)))
     if options.of != "entropy":
         return Answer.of(result)
     from moe_route.analysis.result import by_depth
@@ -291,10 +307,11 @@ def _add_tokens(parser: Parser) -> None:
     parser.add_argument(
         "--of",
         required=True,
-        choices=("paths", "vocabulary", "class-routing", "local-consistency", "saturation"),
+        choices=("paths", "vocabulary", "class-routing", "local-consistency", "saturation", "predict"),
         help="the experts that tokens visit layer after layer; how far experts specialize on token ids; how "
         "differently each class of tokens is routed; how well one set of experts serves consecutive tokens; how many "
-        "of the final checkpoint's experts an earlier one already chose",
+        "of the final checkpoint's experts an earlier one already chose; how well a token's id, the one before it, its "
+        "language and position predict its experts",
     )
     add(parser, "layers", "groups", "phase", "tokenizer")
     parser.add_argument("--window", type=positive, metavar="N", help="paths: runs of N layers (default: all together)")
@@ -323,7 +340,8 @@ def _add_tokens(parser: Parser) -> None:
 
 
 def _tokens(question: Question, options: argparse.Namespace) -> Answer:
-    trace, more = mr.Trace.load(options.trace), {}
+    trace = mr.Trace.load(options.trace)
+    more: dict[str, Any] = {}
     sources: tuple[Any, ...] = (trace,)
     if options.of == "saturation":
         if options.final is None:
@@ -331,6 +349,8 @@ def _tokens(question: Question, options: argparse.Namespace) -> Answer:
         sources = (trace, mr.Trace.load(options.final))
     elif options.of == "class-routing":
         sources = (trace, _classes(options.tokenizer, options.classes or "script"))
+    elif options.of == "predict":
+        more = {} if options.tokenizer is None else {"names": token_texts(options.tokenizer)[0]}
     elif options.of == "vocabulary":
         names = None if options.tokenizer is None else token_texts(options.tokenizer)[0]
         more = {"names": names} | ({} if options.token is None else {"of": options.token})
@@ -344,6 +364,52 @@ def _classes(tokenizer: str | None, by: Any) -> tuple[str, ...]:
         raise ValueError("classes of tokens are read from their texts: pass --tokenizer")
     texts, special = token_texts(tokenizer)
     return mr.analysis.token_classes(texts, by=by, special=special)
+
+
+# ---- checkpoints, runs
+
+
+def _add_compare(parser: Parser) -> None:
+    statistics_arguments(
+        parser, "two recordings of the same texts, or more checkpoints in order, or two files of answers"
+    )
+    add(
+        parser,
+        "groups",
+        "kind",
+        "phase",
+        "reference",
+        "picture",
+        reference="a series, answers: compare without it, with it",
+    )
+
+
+def _compare(question: Question, options: argparse.Namespace) -> Answer:
+    from dataclasses import replace
+
+    if options.files[0].suffix == ".jsonl":
+        if len(options.files) > 2:
+            raise ValueError("outcomes are of one file of answers (in a language and in the reference), or of two")
+        answers = [mr.analysis.read_answers(path) for path in options.files]
+        return Answer.of(ask(question, options, "answers", *answers))
+    if len(options.files) < 2:
+        raise ValueError("a comparison needs two recordings or more: name them in the order of training")
+    output(options.picture, options.out)
+    recordings = [mr.RoutingStatistics.load(path) for path in options.files]
+    if len(recordings) == 2:
+        result = ask(question, options, "two recordings", *recordings)
+    else:
+        names = dict(zip((path.stem for path in options.files), recordings, strict=True))
+        if len(names) < len(recordings):
+            raise ValueError("two files have one name, by which checkpoints are told apart: rename one")
+        result = ask(question, options, "a series", names)
+    answer = Answer.of(result)
+    if options.picture is None:
+        return answer
+    drawn = mr.plots.checkpoints(result) if len(recordings) > 2 else mr.plots.compared(result)
+    mr.plots.save(drawn, options.picture)
+    text = f"{answer.text}\nwritten to {options.picture}"
+    return replace(answer, data={**answer.data, "picture": options.picture}, text=text)
 
 
 # ---- selections, geometry
@@ -490,7 +556,7 @@ QUESTIONS: Mapping[str, Question] = {
         },
     ),
     "layers": Question(
-        "entropy, consistency within sequences, or balance of the load, by group and layer",
+        "entropy, consistency within sequences, balance of the load, narrowing, specialization, by layer",
         "moe-route analyze layers general.safetensors --of entropy --normalized",
         _add_layers,
         _layers,
@@ -498,6 +564,8 @@ QUESTIONS: Mapping[str, Question] = {
             "entropy": Variant("entropy", ("groups", "phase", "kind", "correct"), ("normalized", "interval")),
             "consistency": Variant("consistency", ("groups",)),
             "load-balance": Variant("load_balance", ("groups", "phase", "by", "pool")),
+            "narrowing": Variant("narrowing", ("reference", "groups", "phase", "kind", "by")),
+            "specialization": Variant("specialization", ("groups", "phase")),
         },
     ),
     "pairs": Question(
@@ -508,7 +576,7 @@ QUESTIONS: Mapping[str, Question] = {
         {"one layer": Variant("coactivation", ("groups",)), "--next": Variant("transitions", ("groups",))},
     ),
     "tokens": Question(
-        "questions to a trace: paths, vocabulary, class routing, local consistency, saturation",
+        "questions to a trace: paths, vocabulary, class routing, local consistency, saturation, prediction",
         "moe-route analyze tokens trace.safetensors --of paths --layers 2-5",
         _add_tokens,
         _tokens,
@@ -518,6 +586,7 @@ QUESTIONS: Mapping[str, Question] = {
             "class-routing": Variant("class_routing", _OF_TOKENS, ("classes", "tokenizer")),
             "local-consistency": Variant("local_consistency", (*_OF_TOKENS, "segment")),
             "saturation": Variant("saturation", ("layers", "groups"), ("final",)),
+            "predict": Variant("predict", _OF_TOKENS, ("tokenizer",)),
         },
     ),
     "experts": Question(
@@ -534,6 +603,18 @@ QUESTIONS: Mapping[str, Question] = {
         _add_saliency,
         _saliency,
         {"saliency": Variant("saliency", ("groups", "pool"))},
+    ),
+    "compare": Question(
+        "how far routing moved between checkpoints, fine-tunes or quantized models; or outcomes of answers",
+        "moe-route analyze compare base.safetensors tuned.safetensors --groups eng_Latn\n"
+        "moe-route analyze compare results/evaluate/base.jsonl results/evaluate/steered.jsonl",
+        _add_compare,
+        _compare,
+        {
+            "two recordings": Variant("compare", ("groups", "kind"), ("picture",)),
+            "a series": Variant("checkpoint_series", ("groups", "reference", "phase"), ("picture",)),
+            "answers": Variant("outcomes", ("reference",)),
+        },
     ),
     "overlap": Question(
         "how far selections of experts overlap, against chance",

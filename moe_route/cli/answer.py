@@ -10,18 +10,21 @@ from errno import ENOENT
 from pathlib import Path
 from typing import Any
 
+from moe_route.base.table import printable
+
 
 @dataclass(frozen=True)
 class Answer:
     """The result of a command: `data` is printed with `--json`, `text` without; `code` is the exit code.
 
-    `frame` makes the table that `--out` keeps, for commands whose result is one.
+    `frame` makes the table that `--out` keeps, for commands whose result is one; `paint` colors the text that is shown.
     """
 
     data: Mapping[str, Any]
     text: str
     code: int = 0
     frame: Callable[[], Any] | None = None
+    paint: Callable[[str], str] = str
 
     @classmethod
     def of(cls, result: Any, **more: Any) -> Answer:
@@ -35,6 +38,10 @@ class Answer:
         _write_table(path, self)
         return replace(self, data={**self.data, "out": path}, text=f"{self.text}\nwritten to {path}")
 
+    def shown(self, *, json: bool) -> str:
+        """What is printed: names from data cannot command a terminal."""
+        return printable(self.as_json()) if json else self.paint(printable(self.text))
+
     def as_json(self) -> str:
         """Strict JSON, in which numbers that are not finite become null."""
         return json.dumps(plain(self.data), ensure_ascii=False, indent=2, allow_nan=False)
@@ -42,6 +49,7 @@ class Answer:
 
 def _write_table(path: Path, answer: Answer) -> None:
     from moe_route.base import files
+    from moe_route.base.table import csv_text
 
     if path.suffix.lower() == ".json":
         files.write_text(path, answer.as_json() + "\n")
@@ -50,7 +58,7 @@ def _write_table(path: Path, answer: Answer) -> None:
     frame = answer.frame()
     with files.replacing(path) as stream:
         if path.suffix.lower() == ".csv":
-            stream.write(frame.to_csv(index=False).encode())
+            stream.write(csv_text(frame).encode(errors="backslashreplace"))
         else:
             frame.to_parquet(stream, index=False)
 
@@ -79,4 +87,4 @@ def one_line(error: BaseException) -> str:
         text = f"{error.filename} does not exist: check the name"  # str(FileNotFoundError) begins with "[Errno 2]"
     elif isinstance(error, OSError) and error.strerror and error.filename is None:
         text = error.strerror  # str(OSError) begins with "[Errno 2]"
-    return " ".join(str(text).split()) or type(error).__name__
+    return printable(" ".join(str(text).split())) or type(error).__name__

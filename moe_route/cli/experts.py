@@ -11,8 +11,19 @@ from typing import Any
 
 import moe_route as mr
 from moe_route.cli.answer import Answer
-from moe_route.cli.inputs import is_selection, merged_statistics, output, save_plan
-from moe_route.cli.options import TABLES, Parser, add, existing, level, numbers, out_argument, positive, writable
+from moe_route.cli.inputs import is_selection, merged_statistics, output, save_plan, token_texts
+from moe_route.cli.options import (
+    TABLES,
+    Parser,
+    add,
+    existing,
+    level,
+    names,
+    numbers,
+    out_argument,
+    positive,
+    writable,
+)
 
 KINDS = ("activate", "deactivate", "force-on", "force-off", "forbid")
 _OPPOSITE = {"activate": "deactivate", "deactivate": "activate", "force-on": "force-off", "force-off": "force-on"}
@@ -44,7 +55,7 @@ def _same(*names: str) -> dict[str, str]:
 RULES = {
     "task": Rule(
         "task_experts",
-        _same("threshold", "group", "baseline_group", "by", "phase", "lower") | {"per_layer": "top"},
+        _same("threshold", "group", "baseline_group", "by", "phase", "lower", "matched") | {"per_layer": "top"},
         {"threshold": 0.3},
         baseline=True,
     ),
@@ -103,7 +114,21 @@ def add_options(parser: Parser) -> None:
         default=None,
         help="task: ask that the lower end of the joint 95%% interval passes the threshold",
     )
-    add(rules, "reference", reference="multilingual: group to compare with (default: eng_Latn)")
+    rules.add_argument(
+        "--matched",
+        choices=("digits",),
+        help="task: compare digits with digits only, in traces of both (record --trace); needs --tokenizer",
+    )
+    rules.add_argument(
+        "--answers", type=existing, metavar="FILE", help="risk: answers of moe-route eval; FILE holds the questions"
+    )
+    rules.add_argument(
+        "--outcomes",
+        type=names,
+        metavar="A,B",
+        help="risk: outcomes in English and in --group to compare, c right, i wrong (default: cc,ci)",
+    )
+    add(rules, "tokenizer", "reference", reference="multilingual: group to compare with (default: eng_Latn)")
     rules.add_argument(
         "--top-n", type=positive, metavar="N", help="risk, entropy, rise: number of experts (entropy, rise: 20)"
     )
@@ -255,21 +280,31 @@ def _found(options: argparse.Namespace, files: list[Path]) -> Any:
     """The result of the rule, as the library gives it."""
     rule = RULES[options.rule]
     _refuse(options, f"the rule {options.rule}", frozenset(rule.takes))
+    if options.answers is not None:
+        return _by_outcome(options, files)
+    if options.outcomes is not None:
+        raise ValueError("--outcomes are those of --answers: add that, or leave it out")
     if rule.baseline != (options.baseline is not None):
         need = "needs" if rule.baseline else "takes no"
         raise ValueError(f"the rule {options.rule} {need} --baseline, the statistics to compare with")
-    task = merged_statistics(files)
+    read = merged_statistics if options.matched is None else _trace
+    task = read(files)
     if options.group is None and len(task.groups) != 1 and rule.takes.get("group") == "group":
         raise ValueError(f"the task statistics hold {len(task.groups)} groups ({', '.join(task.groups)}): pass --group")
     if options.layers is not None and options.layers[-1] >= len(task.layers):
         raise ValueError(f"--layers must name some of the {len(task.layers)} layers, counted from 0")
-    statistics = (task, *((merged_statistics(options.baseline),) if rule.baseline else ()))
+    statistics = (task, *((read(options.baseline),) if rule.baseline else ()))
     values = {name: getattr(options, name) for name in rule.takes}
     values["threshold"] = None if values.get("threshold") is None else values["threshold"][0]
     given = {name: rule.defaults.get(name) if value is None else value for name, value in values.items()}
     arguments = {rule.takes[name]: value for name, value in given.items() if value is not None}
     if rule.takes.get("group") == "groups" and options.group is not None and rule.function != "multilingual_experts":
         arguments["groups"] = [options.group]
+    if (options.matched is None) != (options.tokenizer is None):
+        raise ValueError("--matched and --tokenizer belong together: digits are told from the texts of tokens")
+    if options.tokenizer is not None:
+        texts, special = token_texts(options.tokenizer)
+        arguments["classes"] = mr.analysis.token_classes(texts, special=special)
     function = getattr(mr.analysis, rule.function)
     keep = 0.8 if options.keep is None else options.keep
     if options.rule == "risk" and options.stability is not None:
@@ -286,6 +321,27 @@ def _found(options: argparse.Namespace, files: list[Path]) -> Any:
         else lambda *drawn: _signed(find(*drawn), options)[0]
     )
     return mr.analysis.stability_selection(one, *statistics, resamples=options.stability, keep=keep)
+
+
+def _by_outcome(options: argparse.Namespace, files: list[Path]) -> Any:
+    """Risk experts of the items of one language that have one outcome, against those that have another."""
+    if options.rule != "risk" or options.group is None or options.baseline is not None or options.stability is not None:
+        raise ValueError("--answers is for --rule risk with --group LANGUAGE, without --baseline and --stability")
+    chosen = options.outcomes or ("cc", "ci")
+    table = mr.analysis.outcomes(mr.analysis.read_answers(options.answers))
+    apart = mr.analysis.by_outcome(merged_statistics(files), table, options.group)
+    takes = ("top_n", "activations", "deactivations", "per_layer")
+    given = {name: value for name in takes if (value := getattr(options, name)) is not None}
+    if len(chosen) != 2:
+        raise ValueError("--outcomes names two, such as cc,ci")
+    result = mr.analysis.risk_experts(apart, apart, group=chosen[0], baseline_group=chosen[1], **given)
+    return _in_layers(result, options.layers)
+
+
+def _trace(paths: list[Path]) -> mr.Trace:
+    if len(paths) > 1:
+        raise ValueError("traces are not added up: give one for the task, and one for --baseline")
+    return mr.Trace.load(paths[0])
 
 
 def _in_layers(result: Any, kept: tuple[int, ...] | None) -> Any:
@@ -352,4 +408,4 @@ def _plan(options: argparse.Namespace, used: mr.ExpertSelection, unused: mr.Expe
 def _plan_of_kind(kind: str, selection: mr.ExpertSelection, strength: float) -> mr.Plan:
     make = getattr(mr.Plan, kind.replace("-", "_"))
     plan: mr.Plan = make(selection, strength=strength) if kind in ("activate", "deactivate") else make(selection)
-    return plan.for_model(config_hash=selection.model.config_hash, num_experts=selection.model.num_experts)
+    return plan.for_model(**{name: of for name, of in selection.model.to_dict().items() if name != "name"})

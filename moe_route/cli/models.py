@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,12 +214,12 @@ def add_upcycle(verbs: Any) -> None:
 
 
 def run_upcycle(options: argparse.Namespace) -> Answer:
-    import json
+    from moe_route.base import schema
 
     if (options.languages is None) == (options.families is None):
         raise ValueError("give either --languages or --families")
     if options.families is not None:
-        families = json.loads(options.families.read_text("utf-8"))
+        families = schema.read(Mapping[str, str | int], schema.load_json(options.families), str(options.families))
     else:
         families = mr.data.families_of(options.languages)
     how = {
@@ -271,7 +272,7 @@ _TAKES: dict[str, set[str]] = {
     "experts": {"selection", "router", "others"},
     "linear": {"weights"},
     "task_arithmetic": {"weights", "density"},
-    "ties": {"weights", "density"},
+    "ties": {"weights", "density", "trim"},
     "dare": {"weights", "density", "seed"},
     "pcb": {"ratio", "scale"},
     "widen": set(),
@@ -306,6 +307,9 @@ def add_merge(verbs: Any) -> None:
 def _add_methods(parser: Parser) -> None:
     parser.add_argument("--weights", type=numbers, metavar="W,W", help="one per model")
     parser.add_argument("--density", type=float, metavar="SHARE", help="share of each difference that is kept")
+    parser.add_argument(
+        "--trim", choices=("matrix", "model"), help="of ties: keep that share of each matrix, or of the whole model"
+    )
     parser.add_argument("--ratio", type=float, metavar="SHARE", help="of pcb: share of the parameters that is kept")
     parser.add_argument("--scale", type=float, metavar="X", help="of pcb: factor of the merged difference")
     parser.add_argument("--seed", type=int, metavar="N", help="of the drawing of dare")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import moe_route as mr
+from moe_route.base.schema import FileRefusedError, Kind, load_json
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import merged_statistics, output, sentences
 from moe_route.cli.options import Parser, add, command, existing, out_argument
@@ -19,6 +20,36 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from moe_route.recording import SentenceVectors
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of the loss of a group, in nats per token."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None = None
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What ``moe-route steer --strengths --json`` prints."""
+
+    groups: tuple[str, ...]
+    strengths: tuple[float, ...]
+    change: tuple[tuple[_Change, ...], ...]
+    texts: tuple[int, ...]
+    unit: str = ""
+    loss: Any = None
+    natural: Any = None
+    control: Any = None
+    plan: str = ""
+    note: str = ""
+
+
+SWEEP = Kind("strengths-answer", _Sweep, mark="")
 
 
 def add_plot(verbs: Any) -> None:
@@ -225,22 +256,16 @@ def _read_sweep(paths: list[Path]) -> Any:
     if len(paths) > 1:
         raise ValueError("give one file: changes of different runs cannot be added up")
     try:
-        found = json.loads(paths[0].read_text(encoding="utf-8"))
-        change = tuple(
-            tuple(
-                mr.analysis.Difference(
-                    *(float("nan") if cell[k] is None else cell[k] for k in ("value", "low", "high"))
-                )
-                for cell in row
-            )
-            for row in found["change"]
-        )
-        names = {name: tuple(found[name]) for name in ("groups", "strengths", "texts")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{paths[0]} is not what `moe-route steer --strengths --json` prints: write it with > FILE"
-        ) from error
-    return SimpleNamespace(change=change, **names)
+        sweep = SWEEP.read(load_json(paths[0]), str(paths[0]))
+    except FileRefusedError as error:
+        raise FileRefusedError(f"{error} (what `moe-route steer --strengths --json` prints is read)") from error
+    change = tuple(tuple(_difference(cell) for cell in row) for row in sweep.change)
+    return SimpleNamespace(change=change, groups=sweep.groups, strengths=sweep.strengths, texts=sweep.texts)
+
+
+def _difference(cell: _Change) -> mr.analysis.Difference:
+    ends = (cell.value, cell.low, cell.high)
+    return mr.analysis.Difference(*(float("nan") if end is None else end for end in ends))
 
 
 def _levels(options: argparse.Namespace, groups: Sequence[str]) -> dict[str, str] | None:

@@ -46,6 +46,7 @@ from moe_route.cli.saving import check_room_after_first_batch, save, save_when_t
 if TYPE_CHECKING:
     from moe_route.base.ranks import ModelParallelGroup
     from moe_route.runs.corpus import Progress, TextRunner
+    from moe_route.steering import Reach
 
 _OF_FOLDER = (
     "text_column",
@@ -196,6 +197,8 @@ def _run_file(options: argparse.Namespace) -> Answer:
     plan = None if options.plan is None else load_plan(options.plan)
     work = texts(options)
     groups = list(dict.fromkeys(text.group for text in work))
+    if plan is not None:
+        plan.check_groups(groups)
     with attached_model(options) as (language_model, routed), ExitStack() as until_saved:
         with ExitStack() as stack:
             if plan is not None:
@@ -268,6 +271,7 @@ def _run_vectors(options: argparse.Namespace) -> Answer:
 def _run_folder(options: argparse.Namespace) -> Answer:
     from moe_route.base import files
     from moe_route.runs.corpus import RESULT, CorpusRecording
+    from moe_route.steering import Reach
 
     if options.trace is not None:
         raise ValueError("--trace keeps every token, and a corpus has no end: record the texts to trace into a file")
@@ -290,7 +294,8 @@ def _run_folder(options: argparse.Namespace) -> Answer:
         )
     files.make_folder(options.out)
     with ExitStack() as stack:
-        runner, group, record, share = _runner(options, stack, corpus, plan)
+        reach = Reach(() if plan is None else plan.rules)
+        runner, group, record, share = _runner(options, stack, corpus, plan, reach)
         recording = CorpusRecording(
             options.out,
             corpus,
@@ -312,6 +317,8 @@ def _run_folder(options: argparse.Namespace) -> Answer:
     data = {"out": options.out, "rank": group.number, "ranks": group.groups, "complete": complete, **asdict(progress)}
     if not group.writes:
         return Answer(data | {"member": group.member}, "", code=code)
+    if plan is not None and complete:
+        _warn_of_unreached(plan, Reach(()) if progress.resumed or group.groups > 1 else reach, result)
     lines = [f"{_name(group)}{progress}"]
     if progress.resumed:
         lines.insert(0, progress.resumed)
@@ -330,7 +337,7 @@ def _run_folder(options: argparse.Namespace) -> Answer:
 
 
 def _runner(
-    options: argparse.Namespace, stack: ExitStack, corpus: mr.data.CorpusStream, plan: mr.Plan | None
+    options: argparse.Namespace, stack: ExitStack, corpus: mr.data.CorpusStream, plan: mr.Plan | None, reach: Reach
 ) -> tuple[TextRunner, ModelParallelGroup, dict[str, Any], float]:
     """What runs the texts, the group of this rank, what is recorded, and the share of the weights that it holds."""
     from moe_route.base.ranks import ALONE, model_parallel_group, share_of_weights
@@ -355,10 +362,23 @@ def _runner(
     group = stack.enter_context(model_parallel_group(*_together(options)))
     language_model, routed = stack.enter_context(attached_model(options, group=group))
     if plan is not None:
-        stack.enter_context(routed.steer(plan))
+        stack.enter_context(routed.steer(plan, reach=reach))
     share = 1.0 if group.how is None else share_of_weights(language_model.model)
     record = _asked_for(options, language_model.tokenizer)
     return AttachedTexts(language_model, routed, options.batch_size, record), group, record, share
+
+
+def _warn_of_unreached(plan: mr.Plan, reach: Reach, result: Path) -> None:
+    """Warn of rules that reached no token: as this run saw it, or as the sum of all runs counted groups and phases."""
+    import numpy as np
+
+    from moe_route.steering import Reach
+
+    if not reach.calls:
+        counted = mr.RoutingStatistics.load(result, sequences=False)
+        tokens = np.stack([counted.tokens(phase).max(1) for phase in counted.phases])
+        reach = Reach.of_counts(plan.rules, counted.groups, tokens)
+    reach.warn()
 
 
 @contextmanager

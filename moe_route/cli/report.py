@@ -184,7 +184,7 @@ def run_demo(options: argparse.Namespace) -> Answer:
         engine=options.engine,
         **shown_options(options),
     )
-    return Answer(report.to_dict(), _painted(str(report)), code=0 if report.restored else 1)
+    return Answer(report.to_dict(), str(report), code=0 if report.restored else 1, paint=_painted)
 
 
 def _painted(text: str) -> str:

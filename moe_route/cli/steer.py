@@ -72,6 +72,8 @@ def run(options: argparse.Namespace) -> Answer:
     if options.strength is not None:
         plan = plan * options.strength
     work = [] if options.prompt is not None else texts(options)
+    if work:
+        plan.check_groups(text.group for text in work)
     with attached_model(options) as (language_model, routed):
         with routed.steer(plan):
             pass  # refuse a plan that does not fit before the long run without it

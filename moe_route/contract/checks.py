@@ -1,8 +1,8 @@
 """Checks of the operators' arguments, for the torch backend: those of csrc/torch, in the same order and words.
 
 Every function takes the arguments of its operator (`moe_route/ops/schemas.py`), less the numbers that may be anything,
-and raises ValueError that names the first bad one and how to fix it. Values inside tensors are not read, since that
-would wait for a device.
+and raises ValueError that names the first bad one and how to fix it. Values inside tensors are read on a CPU alone:
+anywhere else that would wait.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from moe_route.contract.tables import ENTROPY_BIT, METRICS, ROW_PARAMETERS, SCAL
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _INTEGERS = frozenset({torch.int32, torch.int64})
 _ANY = -1
+_ADDRESSED = ("cpu", "cuda")  # devices whose tensors tell where their memory lies
 
 
 def _refuse(text: str) -> NoReturn:
@@ -36,12 +38,42 @@ def _check_dense(name: str, tensor: Tensor) -> None:
         _refuse(f"{name} are {tensor.layout}; they must be dense: call .to_dense() first")
 
 
+def _last_element(tensor: Tensor) -> int:
+    """Where the last element of a tensor that is not empty lies, from its first one."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _check_storage(name: str, tensor: Tensor) -> None:
-    if tensor.device.type in ("cpu", "cuda") and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+    if max(tensor.shape, default=0) > MAX_ROWS:
+        _refuse(f"{name} has shape {_shape_text(tensor.shape)}; sizes up to {MAX_ROWS} are supported")
+    if tensor.device.type not in _ADDRESSED or tensor.numel() == 0:
+        return
+    size = tensor.untyped_storage().nbytes()
+    if size == 0:
         _refuse(
             f"{name} has no memory: its storage was freed (untyped_storage().resize_(0), as FSDP does with shards); "
             "use it before it is freed, or make it anew"
         )
+    end = (tensor.storage_offset() + _last_element(tensor) + 1) * tensor.element_size()
+    if end > size:
+        _refuse(
+            f"{name} ends at byte {end} of a storage of {size}: it was resized (untyped_storage().resize_); use it "
+            "before that, or make it anew"
+        )
+
+
+def _check_apart(name: str, written: Tensor | None, other_name: str, other: Tensor | None) -> None:
+    """Refuse a tensor that is written to and shares memory with another of the call."""
+    if written is None or other is None or written.numel() == 0 or other.numel() == 0:
+        return
+    if written.device.type not in _ADDRESSED:
+        return
+    (first, end), (other_first, other_end) = (
+        (tensor.data_ptr(), tensor.data_ptr() + (_last_element(tensor) + 1) * tensor.element_size())
+        for tensor in (written, other)
+    )
+    if first < other_end and other_first < end:
+        _refuse(f"{name} shares memory with {other_name}; give it memory of its own (.clone())")
 
 
 def _check_place(name: str, tensor: Tensor, leader: str, place: torch.device) -> None:
@@ -167,15 +199,17 @@ def _check_given(ids: Tensor | None, weights: Tensor | None, mode: int, rows: in
         _check_float("choice weights", weights)
 
 
-def _check_statistics(
-    groups: Tensor | None, layout: int, segments: Tensor | None, experts: int, place: torch.device
-) -> None:
+def _check_statistics(groups: Tensor | None, layout: int, segments: Tensor | None, logits: Tensor) -> None:
+    experts, place = logits.shape[1], logits.device
     planes = layout & (1 << ENTROPY_BIT) - 1
     if not 0 <= layout < 2 << ENTROPY_BIT or planes >= 1 << len(METRICS):
         _refuse(f"statistics = {layout} has bits of no plane")
     shape = (_ANY, len(SCALARS) + planes.bit_count() * experts)
     _check_tensor("group_statistics", groups, shape, torch.int64, "logits", place)
     _check_tensor("segment_statistics", segments, shape, torch.int64, "logits", place)
+    _check_apart("segment_statistics", segments, "group_statistics", groups)
+    _check_apart("group_statistics", groups, "logits", logits)
+    _check_apart("segment_statistics", segments, "logits", logits)
 
 
 _Statistics = tuple[Tensor | None, int, Tensor | None]  # of groups, layout, of segments
@@ -204,7 +238,7 @@ def route(
         _check_steering(*steering, experts, place)
     if given != (None, None, 0):
         _check_given(*given, rows, k, place)
-    _check_statistics(*statistics, experts, place)
+    _check_statistics(*statistics, logits)
 
 
 def observe(
@@ -224,7 +258,7 @@ def observe(
     _check_policy(policy, experts)
     _check_tensor("expert_scale", expert_scale, (experts,), torch.float32, "logits", place)
     _check_given(ids, weights, 1, rows, k, place)
-    _check_statistics(*statistics, experts, place)
+    _check_statistics(*statistics, logits)
 
 
 def observe_layers(
@@ -320,6 +354,39 @@ def _experts_of(offsets: Tensor) -> int:
     return experts
 
 
+def _check_offsets(offsets: Tensor, rows: int) -> None:
+    if offsets.device.type != "cpu":
+        return
+    values = offsets.numpy()
+    wrong = np.flatnonzero((values < np.append(0, values[:-1])) | (values > rows))
+    if wrong.size:
+        _refuse(
+            f"offsets[{wrong[0]}] = {values[wrong[0]]}; offsets must not fall, and lie in 0..{rows} (the rows): take "
+            "those of moe_route.ops.dispatch"
+        )
+
+
+def _check_slots(offsets: Tensor, counts: Tensor, order: Tensor, tokens: int, k: int) -> None:
+    """Check what the tables of a dispatch hold, where reading it does not wait."""
+    _check_offsets(offsets, order.shape[0])
+    if offsets.device.type != "cpu":
+        return
+    ranges, counted, slots = np.diff(offsets.numpy()), counts.numpy(), order.numpy()
+    wrong = np.flatnonzero((counted < 0) | (counted > ranges))
+    if wrong.size:
+        expert = wrong[0]
+        _refuse(
+            f"counts[{expert}] = {counted[expert]} is outside 0..{ranges[expert]} (the rows of expert {expert} by "
+            "offsets): take those of moe_route.ops.dispatch"
+        )
+    wrong = np.flatnonzero((slots < -1) | (slots >= tokens * k))
+    if wrong.size:
+        _refuse(
+            f"order[{wrong[0]}] = {slots[wrong[0]]} is outside -1..{tokens * k - 1} (tokens of x times k = {k}): take "
+            "that of moe_route.ops.dispatch"
+        )
+
+
 def _check_weight(name: str, weight: Tensor, experts: int, inner: int, x: Tensor) -> None:
     if weight.dim() != 3 or weight.shape[0] != experts or weight.shape[2] != inner:
         _refuse(
@@ -372,6 +439,7 @@ def expert_rows(
     _check_storage("x", x)
     for name, tensor, size in zip(("offsets", "counts", "order"), slots, (experts + 1, experts, _ANY), strict=True):
         _check_tensor(name, tensor, (size,), torch.int64, "x", place)
+    _check_slots(*slots, x.shape[0], k)
     _check_weight("up", up[0], experts, x.shape[1], x)
     factor, rows = _check_between(activation, pairing), up[0].shape[1]
     if rows % factor:
@@ -397,3 +465,4 @@ def expert_activation(rows: Tensor, offsets: Tensor, bias: Tensor | None, activa
         _check_tensor("bias", bias, (experts, rows.shape[1]), None, "rows", rows.device)
         if bias.dtype is not rows.dtype:
             _refuse("bias must have the dtype of rows")
+    _check_offsets(offsets, rows.shape[0])

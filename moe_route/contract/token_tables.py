@@ -7,7 +7,7 @@ token's row in tables of values per token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -72,6 +72,38 @@ class Part:
         return replace(self, planes=planes, named=named)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Where:
+    """The n tokens that a function of a plan is given, all of one call and layer.
+
+    Attributes:
+        layer: index of the MoE layer.
+        sequence: int64 [n], row of the batch.
+        position: int64 [n], place in the sequence, padding not counted.
+        token: int64 [n], token id; -1 where the model was called with embeddings.
+        decode: bool [n], whether the token was generated.
+    """
+
+    layer: int
+    sequence: Tensor
+    position: Tensor
+    token: Tensor
+    decode: Tensor
+
+    @classmethod
+    def of(cls, layer: int, told: Tensor) -> Where:
+        """From the columns sequence, position, token and decode, int64 [n, 4]."""
+        sequence, position, token, decode = told.unbind(1)
+        return cls(layer, sequence, position, token, decode.bool())
+
+
+class Applied(NamedTuple):
+    """A function of the logits [n, E] of some tokens, and bool [rows], the rows that it acts on."""
+
+    function: Callable[[Tensor, Where], Tensor]
+    rows: Tensor
+
+
 class TokenTables:
     """Tables of one layer in which some rule depends on more than a token's row; `ops.token_rules` routes by them.
 
@@ -87,6 +119,8 @@ class TokenTables:
         anew: bool [rows], rows whose tokens are routed again although no plane changes their logits; None for no row.
         by_token_only: bool [rows], rows that have no effect on a token that no table names; None for no row.
         wide: number of slots, if some row has more than the router; else 0.
+        functions: functions of the logits, in the order in which they run.
+        functions_only: bool [rows], rows that hold functions and nothing else; None for no row.
     """
 
     trained = False
@@ -104,11 +138,14 @@ class TokenTables:
         anew: Tensor | None,
         by_token_only: Tensor | None,
         wide: int,
+        functions: Sequence[Applied] = (),
+        functions_only: Tensor | None = None,
     ) -> None:
         self.layer, self.rows, self.num_experts, self.wide = layer, base.rows, num_experts, wide
         self.base, self.parts = base, tuple(parts)
         self.recorded, self.scored = dict(recorded), dict(scored)
         self.anew, self.by_token_only = anew, by_token_only
+        self.functions, self.functions_only = tuple(functions), functions_only
 
     @property
     def tables(self) -> Mapping[str, None]:
@@ -128,17 +165,20 @@ class TokenTables:
 
     def to(self, device: torch.device) -> TokenTables:
         """Copy the tables to another device, without waiting for it."""
-        anew, only = (None if rows is None else upload(rows, device) for rows in (self.anew, self.by_token_only))
+        flags = (self.anew, self.by_token_only, self.functions_only)
+        anew, only, alone = (None if rows is None else upload(rows, device) for rows in flags)
         recorded, scored = (
             {number: upload(values, device) for number, values in of.items()} for of in (self.recorded, self.scored)
         )
         parts = [part.to(device) for part in self.parts]
-        tables = {"recorded": recorded, "scored": scored}
+        functions = [applied._replace(rows=upload(applied.rows, device)) for applied in self.functions]
+        tables = {"recorded": recorded, "scored": scored, "functions": functions, "functions_only": alone}
         return self.replaced(base=self.base.to(device), parts=parts, anew=anew, by_token_only=only, **tables)
 
     def replaced(self, **changed: Any) -> TokenTables:
         """The same tables but for these attributes, by name."""
-        names = ("layer", "num_experts", "base", "parts", "recorded", "scored", "anew", "by_token_only", "wide")
+        tables = ("base", "parts", "recorded", "scored", "anew", "by_token_only", "functions", "functions_only")
+        names = ("layer", "num_experts", *tables, "wide")
         return TokenTables(**{name: getattr(self, name) for name in names} | changed)
 
 

@@ -118,8 +118,11 @@ def _read(source: Source, name: str, to: str | None, options: Mapping[str, Any])
         raise ValueError(f"{name} takes no {', '.join(sorted(unknown))} here: it takes {known}")
     try:
         return _run(reader, source, name, options)
-    except RecordingError as error:
-        raise FileRefusedError(f"{source.path}: {error}") from error
+    except FileRefusedError:
+        raise
+    except (RecordingError, ValueError) as error:
+        said = str(error)
+        raise FileRefusedError(said if said.startswith(str(source.path)) else f"{source.path}: {said}") from error
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
         problem = f"it is not whole, or not {FORMATS[name].holds} ({type(error).__name__}: {error})"
         raise source.refused(problem, "get it again, or check --from") from error

@@ -129,7 +129,7 @@ def format_of(source: Source, name: str | None = None) -> str:
         return name
     fitting = [known for known in FORMATS if _fits(known, source)]
     if len(fitting) > 1:
-        raise ValueError(f"{source.path} may be {' or '.join(fitting)}: say which (--from, format=)")
+        raise source.refused(f"it may be {' or '.join(fitting)}", "say which (--from, format=)")
     if not fitting:
         raise source.refused("it is of no known format", f"give one of {', '.join(FORMATS)}")
     return fitting[0]

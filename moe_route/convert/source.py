@@ -1,31 +1,31 @@
 """Open a file of any supported kind: sniff what it is, read its content, run nothing of it.
 
 Arrays of ``.npy`` and ``.pt`` files are mapped into memory, not read; those of ``.npz`` and ``.safetensors`` are read
-one by one when they are asked for.
+one by one when they are asked for. What is made of a file is drawn from its `Budget`.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import logging
-import re
+import math
 import zipfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from moe_route.base import files
-from moe_route.base.files import FileRefusedError
-from moe_route.convert.pickles import read_pickle
+from moe_route.base.budget import Budget, BudgetError, FileRefusedError, extent
+from moe_route.convert.pickles import OLD_TORCH, read_archive, read_pickle
 from moe_route.recording import RoutingStatistics
 
-_OLD_TORCH = 0x1950A86A20F9469CFC6C  # the first pickle in such a file is this number
 _LONGEST_JSON = 1 << 30  # bytes; Python needs about ten times as much memory to parse it
 
 
@@ -41,6 +41,7 @@ class Source:
     path: Path
     form: str
     content: Any
+    budget: Budget
 
     @property
     def name(self) -> str:
@@ -60,13 +61,44 @@ class Source:
         """The error for content that cannot be used: what is wrong, and what to do."""
         return FileRefusedError(f"{self.path}: {problem}: {fix}")
 
+    def array(self, value: Any) -> np.ndarray:
+        """Numbers of an array, a tensor (bfloat16 as float32) or nested lists; ``ValueError`` for anything else."""
+        self.room(_numbers_in(value, self.budget, 0))
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise ValueError("its rows differ in length") from error
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"it holds {array.dtype}, not numbers")
+        return array
+
+    def room(self, *shape: int) -> tuple[int, ...]:
+        """The shape of a table that is made next, drawn from the budget: numbers in a file say how large it is."""
+        self.budget.spend(extent(shape))
+        return shape
+
+
+def _numbers_in(value: Any, budget: Budget, depth: int) -> int:
+    """How many numbers an array, or nested lists, would hold.
+
+    ``ValueError`` for text, all of which would take the width of the longest.
+    """
+    if isinstance(value, np.ndarray):
+        return extent(value.shape)
+    if isinstance(value, (str, bytes)):
+        raise ValueError("it holds text, not numbers")
+    if not isinstance(value, (list, tuple)):
+        return 1
+    budget.enter(depth)
+    return sum(_numbers_in(item, budget, depth + 1) for item in value)
+
 
 class _Arrays(Mapping[str, np.ndarray]):
     """The arrays of a file by name, each read when it is asked for."""
 
-    def __init__(self, path: Path, names: Iterable[str]) -> None:
-        self._path = path
-        self._names = list(names)
+    def __init__(self, path: Path, names: Iterable[str], budget: Budget) -> None:
+        self._path, self._budget = path, budget
+        self._names = dict.fromkeys(names)
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
@@ -86,35 +118,30 @@ class _Arrays(Mapping[str, np.ndarray]):
 
 class _Safetensors(_Arrays):
     def _read(self, name: str) -> np.ndarray:
-        with safe_open(self._path, framework="pt") as stream:
-            return as_array(stream.get_tensor(name))
+        try:
+            with safe_open(self._path, framework="pt") as stream:
+                tensor = stream.get_tensor(name)
+                self._budget.spend(extent(tensor.shape))
+                return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        except (SafetensorError, TypeError, RuntimeError) as error:
+            raise FileRefusedError(f"{self._path}: {name!r} is no array of numbers ({error}): save numbers") from error
 
 
 class _Npz(_Arrays):
     def _read(self, name: str) -> np.ndarray:
-        return _numpy(self._path, name)
-
-
-def as_array(value: Any) -> np.ndarray:
-    """Numbers of an array, a tensor (bfloat16 as float32) or nested lists; ``ValueError`` for anything else."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError("its rows differ in length") from error
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"it holds {array.dtype}, not numbers")
-    return array
+        with _whole(self._path), zipfile.ZipFile(self._path) as archive:
+            member = archive.getinfo(f"{name}.npy")
+            self._budget.unpack(member.compress_size, member.file_size)
+            return npy(archive.read(member), self._budget)
 
 
 def open_source(path: str | Path) -> Source:
     """Open a file or a folder. Raises ``FileRefusedError`` for a missing, empty, truncated or unknown one."""
     path = Path(path)
-    if path.is_dir():
-        return Source(path, "folder", None)
     try:
+        budget = Budget(path)
+        if path.is_dir():
+            return Source(path, "folder", None, budget)
         with open(path, "rb") as stream:
             head = stream.read(64)
     except FileNotFoundError as error:
@@ -124,73 +151,92 @@ def open_source(path: str | Path) -> Source:
     if not head:
         raise FileRefusedError(f"{path} is empty: its writing was cut off or it is the wrong file; make it again")
     if head[8:9] == b"{":
-        return _safetensors(path)
+        return _safetensors(path, budget)
     if head.startswith(b"\x93NUMPY"):
-        return Source(path, "array", _numpy(path))
+        return Source(path, "array", _mapped(path, budget), budget)
     if head.startswith(b"PK\x03\x04"):
-        return _zip(path)
-    if head[:1] == b"\x80" and head[1] in range(2, 6):
-        content = read_pickle(path)
-        if isinstance(content, int) and content == _OLD_TORCH:
+        return _zip(path, budget)
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        content = read_pickle(path, budget)
+        if isinstance(content, int) and content == OLD_TORCH:
             raise FileRefusedError(f"{path} was made by torch.save before torch 1.6: load it and save it again")
-        return Source(path, "objects", content)
+        return Source(path, "objects", content, budget)
     if head.lstrip()[:1] in (b"{", b"["):
-        return _json(path)
+        return _json(path, budget)
     try:
         head[:-4].decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileRefusedError(
             f"{path} is of no known kind: give .json, .npy, .npz, .safetensors, .pt, .pkl or text"
         ) from error
-    return Source(path, "text", None)
+    return Source(path, "text", None, budget)
 
 
-def _safetensors(path: Path) -> Source:
+def _safetensors(path: Path, budget: Budget) -> Source:
     try:
         with safe_open(path, framework="pt") as stream:
             names, ours = list(stream.keys()), "moe_route" in (stream.metadata() or {})
-        if ours:
-            return Source(path, "moe-route", files.read_header(path)["kind"])
-        return Source(path, "arrays", _Safetensors(path, names))
     except SafetensorError as error:
         raise FileRefusedError(f"{path} is truncated or damaged ({error}): copy it again or make it again") from error
+    if ours:
+        return Source(path, "moe-route", files.read_header(path)["kind"], budget)
+    return Source(path, "arrays", _Safetensors(path, names, budget), budget)
 
 
-def _numpy(path: Path, member: str | None = None) -> np.ndarray:
-    """The array of a ``.npy`` file, mapped, or one array of a ``.npz`` file."""
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Turn errors of any kind, which a damaged file raises in other libraries, into `FileRefusedError`."""
     try:
-        if member is None:
-            return np.load(path, allow_pickle=False, mmap_mode="r")  # type: ignore[no-any-return]
-        with np.load(path, allow_pickle=False) as archive:
-            return archive[member]  # type: ignore[no-any-return]
-    except Exception as error:  # a damaged file raises errors of any kind
+        yield
+    except (FileRefusedError, MemoryError):
+        raise
+    except Exception as error:
         fix = "save numbers, not objects" if "bject" in str(error) else "copy it again or make it again"
         raise FileRefusedError(f"{path} is truncated, or is not an array of numbers ({error}): {fix}") from error
 
 
-def _zip(path: Path) -> Source:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise FileRefusedError(f"{path} is truncated: copy it again or make it again") from error
-    if names and all(name.endswith(".npy") for name in names):
-        return Source(path, "arrays", _Npz(path, [name.removesuffix(".npy") for name in names]))
-    try:
-        return Source(path, "objects", torch.load(str(path), weights_only=True, mmap=True, map_location="cpu"))
-    except Exception as error:  # a damaged archive raises errors of any kind
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named is None:
-            raise FileRefusedError(
-                f"{path} is damaged, or not made by torch.save ({type(error).__name__}): copy it again or make it again"
-            ) from error
-        raise FileRefusedError(
-            f"{path} uses {named[1]}, which is not a tensor or a container: it was refused and nothing of it ran; "
-            "save the tensors alone"
-        ) from error
+def _mapped(path: Path, budget: Budget) -> np.ndarray:
+    """The array of a ``.npy`` file, mapped."""
+    with _whole(path):
+        with open(path, "rb") as stream:
+            shape, order, dtype = _npy_head(stream)
+            start = stream.tell()
+        budget.spend(extent(shape))
+        return np.empty(shape, dtype) if 0 in shape else np.memmap(path, dtype, "r", start, shape, order)
 
 
-def _json(path: Path) -> Source:
+def npy(content: bytes, budget: Budget) -> np.ndarray:
+    """The array in the bytes of a ``.npy`` file, not writable; ``FileRefusedError`` for bytes that are none."""
+    stream = io.BytesIO(content)
+    with _whole(Path(budget.source)):
+        shape, order, dtype = _npy_head(stream)
+        budget.spend(extent(shape))
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        return np.frombuffer(content, dtype, math.prod(shape), stream.tell()).reshape(shape, order=order)
+
+
+def _npy_head(stream: IO[bytes]) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype[Any]]:
+    """Shape, order and dtype that a ``.npy`` file states."""
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f"version {version} of .npy is not read")
+    shape, fortran, dtype = read[version](stream)
+    if dtype.hasobject or not dtype.itemsize or any(n < 0 for n in shape):
+        raise ValueError(f"an array of {'Python objects' if dtype.hasobject else dtype} {list(shape)}")
+    return shape, "F" if fortran else "C", dtype
+
+
+def _zip(path: Path, budget: Budget) -> Source:
+    with _whole(path), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if names and all(name.endswith(".npy") for name in names):
+            return Source(path, "arrays", _Npz(path, [name.removesuffix(".npy") for name in names], budget), budget)
+        return Source(path, "objects", read_archive(path, archive, budget), budget)
+
+
+def _json(path: Path, budget: Budget) -> Source:
     size = path.stat().st_size
     if size > _LONGEST_JSON:
         raise FileRefusedError(
@@ -198,14 +244,16 @@ def _json(path: Path) -> Source:
         )
     text = path.read_text("utf-8", errors="replace")
     try:
-        return Source(path, "json", json.loads(text))
-    except RecursionError as error:
-        raise FileRefusedError(f"{path} is JSON nested too deeply: give another file") from error
+        return Source(path, "json", budget.json(text), budget)
+    except BudgetError:
+        raise
     except ValueError as error:
         lines = [line for line in text.splitlines() if line.strip()]
         try:
-            return Source(path, "lines", [json.loads(line) for line in lines])
-        except (ValueError, RecursionError):
+            return Source(path, "lines", [budget.json(line) for line in lines], budget)
+        except BudgetError:
+            raise
+        except ValueError:
             raise FileRefusedError(f"{path} is not whole JSON ({error}): copy it again or make it again") from error
 
 
@@ -230,7 +278,9 @@ def whole_numbers(source: Source, keys: Iterable[str]) -> list[int]:
 def number_table(source: Source, value: Any, axes: str) -> np.ndarray:
     """An array of finite numbers from 0 with the named last axes ("layer, expert"); earlier axes are summed over."""
     try:
-        array = as_array(value)
+        array = source.array(value)
+    except BudgetError:
+        raise
     except ValueError as error:
         raise source.refused(f"[{axes}] is not a table ({error})", "save an array of numbers") from error
     wanted = axes.count(",") + 1

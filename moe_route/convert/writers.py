@@ -98,7 +98,7 @@ for _kind in KINDS:
     suffixes=[".csv"],
 )
 def _csv(value: RoutingStatistics | Trace | ExpertSelection, path: Path) -> None:
-    from moe_route.base.table import data_frame
+    from moe_route.base.table import csv_text, data_frame
 
     if isinstance(value, ExpertSelection):
         layers, experts = zip(*value.pairs, strict=True) if value else ((), ())
@@ -106,7 +106,7 @@ def _csv(value: RoutingStatistics | Trace | ExpertSelection, path: Path) -> None
         frame = data_frame({"layer": layers, "expert": experts, "score": scores})
     else:
         frame = value.to_pandas()
-    write_text(path, frame.to_csv(index=False))
+    write_text(path, csv_text(frame))
 
 
 @writes("json", "the numbers as JSON", takes=["statistics", "selection", "plan"], suffixes=[".json"])

@@ -43,6 +43,7 @@ __all__ = [
     "load_demo_model",
     "read_texts",
     "shipped_routing",
+    "shipped_schemas",
     "shipped_studies",
 ]
 
@@ -90,6 +91,11 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
 def shipped_studies() -> dict[str, Path]:
     """Name -> TOML file of each study that moe-route brings: the demonstration, and the settings of a publication."""
     return {path.stem: path for path in sorted((_HERE / "studies").glob("*.toml"))}
+
+
+def shipped_schemas() -> dict[str, Path]:
+    """Name -> JSON Schema of each kind of file that people write, by which editors complete and check it."""
+    return {path.stem: path for path in sorted((_HERE / "schemas").glob("*.json"))}
 
 
 def shipped_routing() -> dict[str, Path]:

@@ -8,7 +8,6 @@ with the option that tells it.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from moe_route.base import hub
+from moe_route.base import hub, schema
+from moe_route.base.budget import Budget
+from moe_route.base.schema import FileMissingError, FileRefusedError, misspelt, parse_json
 from moe_route.data.languages import flores_code, is_language, language, spaces_words
 
 Quotes = Literal["csv", "none"]
@@ -42,7 +43,7 @@ _UNSPACED_LETTERS = 8
 _LONGEST_NAME = 40
 
 
-class CorpusError(ValueError):
+class CorpusError(FileRefusedError):
     """Raised for a corpus that cannot be read; the message says where the problem is and what to do."""
 
 
@@ -57,6 +58,21 @@ class CorpusText(NamedTuple):
     item: str
     text: str
     read: float | None
+
+
+@dataclass(frozen=True)
+class CorpusRow:
+    """A row of a table, of JSON lines or of a dataset, with a text; it may have other columns.
+
+    Attributes:
+        text: a text.
+        group: its language or another label; by default the name of the file.
+        item: key that it shares with its translations; by default its number.
+    """
+
+    text: str
+    group: str | int | None = None
+    item: str | int | float | None = None
 
 
 class Layout(NamedTuple):
@@ -278,7 +294,7 @@ class CorpusStream:
 
     def _file(self, path: Path, prefix: str) -> list[_Part]:
         if not path.is_file():
-            raise FileNotFoundError(f"no file {path}")
+            raise FileMissingError(f"no file {path}")
         if self.columns is None and (layout := _layout_of(path)) is not None:
             self._refuse_table_options(layout.name)
             return self._layout_files(layout, [path])
@@ -315,7 +331,7 @@ class CorpusStream:
         files = {code: Path(name) for code, _, name in given}
         for path in files.values():
             if not path.is_file():
-                raise FileNotFoundError(f"no file {path}")
+                raise FileMissingError(f"no file {path}")
             if path.suffix in _SUFFIXES:
                 raise CorpusError(f"{path} is a {path.suffix} file, not one of a text per line: give it by itself")
         _refuse_lengths(files, self.groups)
@@ -378,6 +394,8 @@ class CorpusStream:
                 "(--columns item,eng_Latn,...)"
             )
         for name in languages:
+            if not is_language(name) and (near := misspelt([name], [self.text, self.item])) is not None:
+                raise CorpusError(f"{read.path} has a column {name!r}: did you mean {near[1]!r}? Rename it")
             if name == self.group:
                 raise CorpusError(f"{read.path} has a column {name!r} and none {self.text!r}: name it with text=")
             _refuse_text_as_name(read.path, name)
@@ -398,27 +416,46 @@ class CorpusStream:
         first = next(rows(), None)
         fields: Mapping[str, Any] = {} if first is None else first.fields
         layout = None if self.text in fields else next((one for one in LAYOUTS if _fits(one, fields)), None)
+        checked: set[tuple[str, ...]] = set()  # names of columns
 
         def texts() -> Iterator[CorpusText]:
             for number, row in enumerate(rows(), start=1):
                 if layout is not None:
                     yield _by_layout(layout, {layout.group: group, **row.fields, "line": number}, row)
                     continue
-                text = row.fields.get(self.text)
-                if not isinstance(text, str):
-                    raise CorpusError(
-                        f"{row.where}: no text in the column {self.text!r}; there are "
-                        f"{', '.join(map(repr, row.fields))}: name it with text="
-                    )
-                item = row.fields.get(self.item)
-                key = f"{prefix}{number if item is None else item}"
-                yield CorpusText(str(row.fields.get(self.group) or group), key, text, row.read)
+                if (names := tuple(row.fields)) not in checked:
+                    self._refuse_misspelt(names, row.where)
+                    checked.add(names)
+                said = self._said(row)
+                key = f"{prefix}{number if said.item is None else said.item}"
+                yield CorpusText(str(said.group or group), key, said.text, row.read)
 
         if layout is not None:
             return _Part(None, texts, f"of {layout.name}", f"column {layout.group!r}")
         told = f"column {self.group!r}" if self.group in fields else group
         only = (group,) if uniform and self.group not in fields else None
         return _Part(only, texts, f"column {self.item!r}" if self.item in fields else "row numbers", told, note)
+
+    def _refuse_misspelt(self, names: Sequence[str], where: str) -> None:
+        """Refuse a column that is one letter away from one that is not there; others may be what they like."""
+        known = {"text": self.text, "group": self.group, "item": self.item}
+        if near := misspelt(names, list(known.values())):
+            option = next(option for option, name in known.items() if name == near[1])
+            raise CorpusError(
+                f"{where} has a column {near[0]!r}: did you mean {near[1]!r}? Rename it, or name it with "
+                f"{option}={near[0]!r}"
+            )
+        if self.text not in names:
+            raise CorpusError(
+                f"{where}: no text in the column {self.text!r}; there are {', '.join(map(repr, names))}: name it with "
+                "text="
+            )
+
+    def _said(self, row: Row) -> CorpusRow:
+        """The columns of a row that are read."""
+        given = {"text": row.fields.get(self.text), "group": row.fields.get(self.group)}
+        said: CorpusRow = schema.read(CorpusRow, given | {"item": row.fields.get(self.item)}, row.where, CorpusError)
+        return said
 
 
 def read_texts(
@@ -540,8 +577,8 @@ def _fits_file(layout: Layout, path: Path) -> bool:
     with path.open("rb") as stream:
         line = stream.readline()
     try:
-        first = json.loads(line)
-    except ValueError:
+        first = parse_json(line, str(path))
+    except FileRefusedError:
         return False  # read as any other file, with its errors
     return isinstance(first, dict) and _fits(layout, first)
 
@@ -606,7 +643,7 @@ def table(path: str | Path, *, columns: str | None = None, quotes: Quotes | None
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileMissingError(f"no file {path}")
     begins = _quotes_of(path) if quotes is None and path.suffix != ".csv" else ("csv" if quotes is None else quotes)
     how: Quotes = "csv" if begins == "csv" else "none"
     first = next(_records(path, how), None)
@@ -785,14 +822,12 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, float]]:
 
 def json_rows(path: str | Path) -> Iterator[Row]:
     """The objects of a file of JSON lines. Raises `CorpusError` naming the line that is none."""
+    budget = Budget(path)
     for number, (line, read) in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{where} is not JSON ({error.msg}): write an object per line") from error
+        fields = parse_json(line, where, CorpusError, budget)
         if not isinstance(fields, dict):
             raise CorpusError(f"{where} is not an object: write an object per line")
         yield Row(fields, where, read)
@@ -804,8 +839,11 @@ def _parquet(path: Path) -> Iterator[Row]:
     except ImportError as error:
         raise ImportError("reading Parquet needs pyarrow: pip install 'moe-route[analysis]'") from error
     with parquet.ParquetFile(path) as file:
+        budget, size = Budget(path), path.stat().st_size
         number, total = 0, max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            budget.unpack(size, batch.nbytes)
+            budget.spend(batch.num_rows * batch.num_columns)
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(fields, f"{path}, row {number}", number / total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from moe_route.analysis.recipes import plan_of
 from moe_route.evaluation.study import ControlSettings, Study, StudyError
@@ -34,7 +34,7 @@ class Setting:
     """One way to steer: which experts (`tau`), in which layers, and how."""
 
     tau: float
-    kind: str
+    kind: Literal["soft", "hard"]
     strength: float
     std: str
     layers: tuple[int, int]
@@ -72,19 +72,39 @@ class Conditions:
     left_out: Mapping[str, str]
 
 
+ALONE = Conditions({BASE: None, AGAIN: None}, {})
+"""What a study that steers nothing compares: the model with itself."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What a study that steers has found and chosen.
+
+    Attributes:
+        selected: experts by threshold.
+        published, chosen: the study's own setting, and the one that the controls are of.
+        points: accuracy of every setting of the sweep, JSON-able; empty without a sweep.
+    """
+
+    selected: FoundExperts
+    published: Setting
+    chosen: Setting
+    points: Sequence[Mapping[str, Any]]
+
+
 def published_setting(study: Study, selected: FoundExperts, num_layers: int) -> Setting:
     """The study's own setting, with the first threshold that finds a task expert in the steered layers.
 
     It depends on the routing of text in the reference language alone. Raises `StudyError` if none does, or if the
     model has fewer layers.
     """
-    steer = study.steer
-    setting = Setting(study.find.taus[0], steer.kind, steer.strength, steer.std, steer.layers, steer.layer_base)
+    steer = study.steering
+    setting = Setting(study.finding.taus[0], steer.kind, steer.strength, steer.std, steer.layers, steer.layer_base)
     _check_fits(setting, num_layers)
-    for tau in study.find.taus:
+    for tau in study.finding.taus:
         if selected.task[tau].restrict(setting.range):
             return replace(setting, tau=tau)
-    listed = ", ".join(f"{tau:g}" for tau in study.find.taus)
+    listed = ", ".join(f"{tau:g}" for tau in study.finding.taus)
     raise StudyError(
         f"no task expert in layers {show_numbers(setting.range)} at find.tau {listed}: lower it, or choose other layers"
     )

@@ -173,7 +173,7 @@ def _choice_nats(language_model: LanguageModel, batch: Sequence[Question]) -> li
         nats = iter(language_model.answers(every, batch_size=len(batch)).nats.tolist())
         return [np.array([next(nats) for _ in question.choices]) for question in batch]
     inputs = _padded(language_model, [choices[0][:-1] for choices in of], "right")
-    with torch.inference_mode():
+    with torch.inference_mode(), language_model.labeled(batch):
         logits = language_model.model(**inputs, use_cache=False).logits
     last = inputs["attention_mask"].sum(1) - 1
     at_last = logits[torch.arange(len(batch), device=logits.device), last].float().log_softmax(-1).cpu().double()
@@ -189,7 +189,7 @@ def _generated(language_model: LanguageModel, task: AskedTask, batch: Sequence[Q
     options = {"add_special_tokens": language_model.add_special_tokens}
     inputs = _padded(language_model, tokenizer([q.prompt for q in batch], **options)["input_ids"], "left")
     stopping: dict[str, Any] = {"stop_strings": list(source.until), "tokenizer": tokenizer} if source.until else {}
-    with torch.inference_mode():
+    with torch.inference_mode(), language_model.labeled(batch):
         ids = language_model.model.generate(
             **inputs,
             max_new_tokens=source.max_new_tokens,
@@ -201,6 +201,7 @@ def _generated(language_model: LanguageModel, task: AskedTask, batch: Sequence[Q
     records = []
     for question, row in zip(batch, ids[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
         size = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        ended = row[size - 1] in ends
         # the marks of a channel are special tokens
         written = tokenizer.decode(row[:size], skip_special_tokens=task.chat.channel is None)
         output = until_first(
@@ -208,7 +209,9 @@ def _generated(language_model: LanguageModel, task: AskedTask, batch: Sequence[Q
         )
         extracted = {scorer.name: scorer.extract(output) for scorer in NUMBER_SCORERS}
         right = {scorer.name: scorer.equal(extracted[scorer.name], question.answer) for scorer in NUMBER_SCORERS}
-        records.append({"output": written, "extracted": extracted, "correct": right, "tokens": size, "nats": None})
+        cut = size == source.max_new_tokens and not ended and not any(text in written for text in source.until)
+        record = {"output": written, "extracted": extracted, "correct": right, "tokens": size, "cut": cut, "nats": None}
+        records.append(record)
     return records
 
 

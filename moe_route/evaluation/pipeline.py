@@ -7,7 +7,6 @@ as one that was not.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,15 +19,18 @@ from tqdm import tqdm
 from moe_route.analysis import multilingual_experts, task_experts
 from moe_route.base import files
 from moe_route.base.identity import identity_of, library_versions, tokenizer_hash, weights_hash
+from moe_route.base.schema import load_json, parse_json, read_text
 from moe_route.data import Corpus
 from moe_route.data.batches import texts_of
 from moe_route.evaluation.conditions import (
     AGAIN,
+    ALONE,
     BASE,
     NULL,
     Conditions,
     FoundExperts,
     Setting,
+    Steering,
     conditions,
     published_setting,
     sweep_settings,
@@ -44,11 +46,12 @@ from moe_route.runs.corpus import RESULT, CorpusRecording, KeptTexts
 from moe_route.runs.job import Job, Step, write_json
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.lines import Key, ResultLines
-from moe_route.steering import ExpertSelection, Plan
+from moe_route.steering import ExpertSelection, Plan, Reach
 
 STAGES = ("record", "find", "sweep", "evaluate", "analyze", "report")
 _CHEAP = ("find", "analyze", "report")  # they run no model: with other inputs they are made again without asking
 _RECORDING = 2  # raised when the same inputs give other files of the stage `record`
+_GENERATED = 2  # raised when the same inputs give other lines of generated answers
 
 
 class NullPlanError(ValueError):
@@ -123,7 +126,7 @@ def evaluate(
             return Evaluation(out, run.stages, None)
         if not job.done:
             job.finish()
-        content = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
+        content = load_json(out / "report" / "report.json")
         return Evaluation(out, run.stages, content)
 
 
@@ -144,8 +147,9 @@ class _Run:
         corpora = study.corpora
         # data are read before the model is loaded, because that takes long and files may be missing
         self.general = read_source("general", corpora.general, data, corpora.reference)
-        task = read_source("task", corpora.task, data, corpora.reference)
-        self.task = task.subset([corpora.reference])
+        self.task: Corpus | None = None
+        if corpora.task is not None:
+            self.task = read_source("task", corpora.task, data, corpora.reference).subset([corpora.reference])
         questions = {name: read_task(name, source, data) for name, source in study.tasks.items()}
         settings = study.model
         self.language_model = language_model or LanguageModel.load(
@@ -168,12 +172,21 @@ class _Run:
         routed = self.language_model.attach(self.study.model.engine)
         try:
             recorded = self.record(routed)
-            selected, published, after_find = self.find(recorded, routed)
-            chosen, points, after_sweep = self.sweep(routed, selected, published, after_find)
-            compared, after_evaluate = self.evaluate(routed, selected, published, chosen, after_sweep)
+            steering, compared = None, ALONE
+            if self.study.steer is None:
+                after_evaluate = self.evaluate(routed, compared, recorded)
+            else:
+                selected, published, after_find = self.find(recorded, routed)
+                chosen, points, after_sweep = self.sweep(routed, selected, published, after_find)
+                steering = Steering(selected, published, chosen, points)
+                experts = [router.num_experts for router in routed.routers]
+                compared = conditions(
+                    chosen, published, selected, self.study.controls, experts, self.study.seeds.random
+                )
+                after_evaluate = self.evaluate(routed, compared, after_sweep)
         finally:
             routed.detach()
-        content, after_analyze = self.analyze(selected, published, chosen, points, compared, after_evaluate)
+        content, after_analyze = self.analyze(steering, compared, after_evaluate)
         self.report(content, after_analyze)
 
     def model_key(self) -> dict[str, Any]:
@@ -220,6 +233,7 @@ class _Run:
             settings = self.language_model.model.generation_config.to_dict()
             key |= {"max_new_tokens": source.max_new_tokens, "until": list(source.until), "channel": task.chat.channel}
             key["generation"] = {name: value for name, value in settings.items() if name != "transformers_version"}
+            key["lines"] = _GENERATED
         return key
 
     # ---- record
@@ -232,14 +246,14 @@ class _Run:
                 "recording": _RECORDING,
                 "model": self.model,
                 "general": corpus_fingerprint(self.general),
-                "task": corpus_fingerprint(self.task),
+                "task": None if self.task is None else corpus_fingerprint(self.task),
                 "add_special_tokens": corpora.add_special_tokens,
                 "max_length": corpora.max_length,
                 "batch_size": corpora.batch_size,
             },
         )
         for name, corpus in {"general": self.general, "task": self.task}.items():
-            if not stage.done:
+            if not stage.done and corpus is not None:
                 self.record_corpus(stage.folder, name, corpus, routed)
         if not stage.done:
             self.finish(stage)
@@ -275,7 +289,8 @@ class _Run:
 
     def find(self, recorded: Step, routed: RoutedModel) -> tuple[FoundExperts, Setting, Step]:
         study, reference = self.study, self.study.corpora.reference
-        taus = sorted({*study.find.taus, *study.sweep.tau}, reverse=True)
+        settings = study.finding
+        taus = sorted({*settings.taus, *study.sweep.tau}, reverse=True)
         given = study.to_dict()
         inputs = {"record": recorded.results_hash, "find": given["find"], "taus": taus, "reference": reference}
         stage = self.stage("find", inputs)
@@ -283,7 +298,7 @@ class _Run:
         if not stage.done:
             general = RoutingStatistics.load(recorded.folder / "general.safetensors")
             task = RoutingStatistics.load(recorded.folder / "task.safetensors")
-            how: dict[str, Any] = {"top": study.find.top, "by": study.find.by}
+            how: dict[str, Any] = {"top": settings.top, "by": settings.by}
             several = len(general.groups) > 1
             entries = [
                 {
@@ -297,7 +312,7 @@ class _Run:
             ]
             write_json(path, entries)
             self.finish(stage)
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = load_json(path)
         none = ExpertSelection({})
         selected = FoundExperts(
             {entry["tau"]: ExpertSelection.from_dict(entry["task"]) for entry in entries},
@@ -343,7 +358,7 @@ class _Run:
                 )
             write_json(path, {"task": name, "scorer": scorer, "items": len(whole.items[0::2]), "points": entries})
             self.finish(stage)
-        listed = json.loads(path.read_text(encoding="utf-8"))["points"]
+        listed = load_json(path)["points"]
         steered = [entry for entry in listed if entry["setting"] is not None]
         # of equals the first, which is the study's own setting
         best = max(steered, key=lambda entry: entry["accuracy"], default=None)
@@ -351,16 +366,11 @@ class _Run:
 
     # ---- evaluate
 
-    def evaluate(
-        self, routed: RoutedModel, selected: FoundExperts, published: Setting, chosen: Setting, after: Step
-    ) -> tuple[Conditions, Step]:
-        study = self.study
-        experts = [router.num_experts for router in routed.routers]
-        compared = conditions(chosen, published, selected, study.controls, experts, study.seeds.random)
+    def evaluate(self, routed: RoutedModel, compared: Conditions, after: Step) -> Step:
         stage = self.stage(
             "evaluate",
             {
-                "sweep": after.results_hash,
+                after.name: after.results_hash,
                 "model": self.model,
                 "tasks": {task.name: self.key_of(task) for task in self.tasks},
                 "conditions": {name: None if plan is None else plan.hash for name, plan in compared.plans.items()},
@@ -380,7 +390,7 @@ class _Run:
             }
             write_json(stage.folder / "conditions.json", listed)
             self.finish(stage)
-        return compared, stage
+        return stage
 
     def run_condition(
         self, stage: Step, name: str, plan: Plan | None, tasks: Sequence[AskedTask], routed: RoutedModel
@@ -393,34 +403,30 @@ class _Run:
         if lines.complete:
             return lines
         bar = tqdm(total=len(batches), initial=lines.done, desc=name, disable=not self.progress, leave=False)
-        with bar, routed.steer(Plan() if plan is None else plan):
+        steered = Plan() if plan is None else plan
+        reach = Reach(steered.rules)
+        reach.partial = lines.done > 0
+        with bar, routed.steer(steered, reach=reach):
             for task, batch in batches[lines.done :]:
                 self.check_stop()
                 lines.append(ask(self.asking, task, batch))
                 bar.update()
+        reach.warn()
         return lines
 
     # ---- analyze and report
 
-    def analyze(
-        self,
-        selected: FoundExperts,
-        published: Setting,
-        chosen: Setting,
-        points: list[dict[str, Any]],
-        compared: Conditions,
-        after: Step,
-    ) -> tuple[dict[str, Any], Step]:
+    def analyze(self, steering: Steering | None, compared: Conditions, after: Step) -> tuple[dict[str, Any], Step]:
         inputs = {"evaluate": after.results_hash, "bootstrap": self.study.seeds.bootstrap}
         stage = self.stage("analyze", inputs)
         path = stage.folder / "results.json"
         if not stage.done:
             general = RoutingStatistics.load(self.job.folder / "record" / "general.safetensors")
             lines = {name: _records(after.folder, name) for name in compared.plans}
-            content = results_of(self.study, self.tasks, lines, compared, selected, published, chosen, points, general)
+            content = results_of(self.study, self.tasks, lines, compared, steering, general)
             write_json(path, content)
             self.finish(stage)
-        return json.loads(path.read_text(encoding="utf-8")), stage
+        return load_json(path), stage
 
     def report(self, results: Mapping[str, Any], after: Step) -> None:
         study = self.study.to_dict()
@@ -440,9 +446,9 @@ def file_name(condition: str) -> str:
 
 
 def _records(folder: Path, condition: str) -> list[dict[str, Any]]:
-    with open(folder / f"{file_name(condition)}.jsonl", encoding="utf-8") as stream:
-        next(stream)
-        return [json.loads(line) for line in stream]
+    path = folder / f"{file_name(condition)}.jsonl"
+    _, *lines = read_text(path).removesuffix("\n").split("\n")
+    return [parse_json(line, str(path)) for line in lines]
 
 
 def _check_null(folder: Path) -> None:

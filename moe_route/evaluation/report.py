@@ -10,11 +10,14 @@ from moe_route.base.table import interval
 from moe_route.evaluation.conditions import AGAIN, BASE, NULL
 from moe_route.steering.layers import show_numbers
 
+_OFTEN_CUT = 0.02  # share of answers that hit the limit of new tokens, from which a report warns
+
 
 def markdown(content: Mapping[str, Any]) -> str:
     """The report of `report.json`, one sentence per line."""
     results = content["results"]
-    parts = [f"# {content['title']}", _model(content["model"]), _settings(results), _experts(results)]
+    parts = [f"# {content['title']}", _model(content["model"])]
+    parts += [_settings(results), _experts(results)] if results["settings"]["chosen"] else []
     parts += [_sweep(results)] if results["sweep"] else []
     for name, task in results["tasks"].items():
         parts += _task(name, task, results["settings"]["tuned_on_even_items"])
@@ -92,8 +95,29 @@ def _task(name: str, task: Mapping[str, Any], tuned: bool) -> list[str]:
         note = "odd items" if task["main_items"] == "odd" else label
         parts.append(f"### Accuracy in percent, {scorer}, {note}\n\n{_changes(main, whole, label)}")
         parts.append(_languages(main, task["languages"]))
+    parts += _limited(name, task)
     parts.append(_noise(task))
     return parts
+
+
+def _limited(name: str, task: Mapping[str, Any]) -> list[str]:
+    """Share of generated answers that hit the limit of new tokens, by condition and language, and a warning."""
+    whole = task["comparisons"]["all"][task["main_scorer"]]
+    if task["kind"] != "generate":
+        return []
+    cut = {row: [whole[one]["hit_the_limit"] for one in of] for row, of in _together(whole).items()}
+    shares = {row: {one: _average(of[one] for of in shown) for one in task["languages"]} for row, shown in cut.items()}
+    rows = [(row, *map(_percent, [_average(of.values()), *of.values()])) for row, of in shares.items()]
+    text = f"### Answers that hit the limit of {task['max_new_tokens']} new tokens, in percent, all items\n\n"
+    text += _table(("condition", "hit the limit", *task["languages"]), rows)
+    often = {one: max(of[one] for of in shares.values()) for one in task["languages"]}
+    listed = ", ".join(f"{one} {_percent(share)} %" for one, share in often.items() if share > _OFTEN_CUT)
+    if listed:
+        text += (
+            f"\n\nWarning: answers are cut before they end ({listed}), and such an answer counts by its last number."
+            f"\nAccuracy there is partly that of short answers: raise `tasks.{name}.max_new_tokens`."
+        )
+    return [text]
 
 
 def _changes(main: Mapping[str, Any], whole: Mapping[str, Any], label: str) -> str:
@@ -160,6 +184,12 @@ def _cell(entries: Sequence[Mapping[str, Any]]) -> str:
 
 def _noise(task: Mapping[str, Any]) -> str:
     noise, power = task["noise"], task["power"]
+    text = (
+        f"### Noise{' and power' if power else ''}\n\nThe base run was repeated: {noise['lines_changed']} of "
+        f"{noise['lines']} lines differ ({noise['lost']} answers lost, {noise['gained']} gained)."
+    )
+    if not power:
+        return text
     changed = (
         f"Of {power['questions']} questions, {power['discordant'] * 100:.1f} % are answered by the base run or the "
         "steered one alone.\n"
@@ -169,12 +199,7 @@ def _noise(task: Mapping[str, Any]) -> str:
         if power["discordant"]
         else f"Steering changed none of {power['questions']} answers from right to wrong or back."
     )
-    return (
-        f"### Noise and power\n\nThe base run was repeated: {noise['lines_changed']} of {noise['lines']} lines differ "
-        f"({noise['lost']} answers lost, {noise['gained']} gained).\n"
-        f"The null plan changed {noise['lines_changed_by_null_plan']} lines.\n"
-        f"{changed}"
-    )
+    return f"{text}\nThe null plan changed {noise['lines_changed_by_null_plan']} lines.\n{changed}"
 
 
 def _left_out(left_out: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from moe_route.analysis import correlation, divergence, holm, paired_difference, random_control
 from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.result import plain
-from moe_route.evaluation.conditions import AGAIN, BASE, NULL, STEERED, Conditions, FoundExperts, Setting
+from moe_route.evaluation.conditions import AGAIN, BASE, NULL, STEERED, Conditions, FoundExperts, Setting, Steering
 from moe_route.evaluation.measure import AskedTask, scorers_of
 from moe_route.evaluation.study import Study
 from moe_route.recording import RoutingStatistics
@@ -30,6 +30,7 @@ class Answered:
         correct: scorer -> bool [items, languages].
         nats: float64 [items, languages], negative log-probability of the right answer; None for generated answers.
         tokens: mean number of new tokens per question.
+        cut: bool [items, languages], answers that ended at the limit of new tokens; None if nothing was generated.
     """
 
     items: tuple[str, ...]
@@ -37,6 +38,7 @@ class Answered:
     correct: Mapping[str, np.ndarray]
     nats: np.ndarray | None
     tokens: float
+    cut: np.ndarray | None = None
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]], items: Sequence[str], scorers: Sequence[str]) -> Answered:
@@ -56,7 +58,10 @@ class Answered:
         if records and records[0]["nats"] is not None:
             nats = np.array([[one["nats"] for one in row] for row in table], float)
         tokens = float(np.mean([one["tokens"] for row in table for one in row]))
-        return cls(tuple(items), languages, correct, nats, tokens)
+        cut = None
+        if records and "cut" in records[0]:
+            cut = np.array([[one["cut"] for one in row] for row in table], bool)
+        return cls(tuple(items), languages, correct, nats, tokens, cut)
 
     def rows(self, which: np.ndarray) -> Answered:
         """The answers to some of the items, chosen by a bool [items]."""
@@ -66,6 +71,7 @@ class Answered:
             {name: values[which] for name, values in self.correct.items()},
             None if self.nats is None else self.nats[which],
             self.tokens,
+            None if self.cut is None else self.cut[which],
         )
 
 
@@ -142,12 +148,14 @@ def _accuracy(answered: Answered, scorer: str) -> dict[str, Any]:
     values = answered.correct[scorer]
     by_language = {language: {"accuracy": float(values[:, i].mean())} for i, language in enumerate(answered.languages)}
     nats = None if answered.nats is None else float(answered.nats.mean())
+    cut = None if answered.cut is None else dict(zip(answered.languages, answered.cut.mean(0).tolist(), strict=True))
     return {
         "items": len(answered.items),
         "accuracy": float(values.mean()),
         "by_language": by_language,
         "nats": nats,
         "tokens": answered.tokens,
+        "hit_the_limit": cut,
     }
 
 
@@ -179,24 +187,21 @@ def results_of(
     tasks: Sequence[AskedTask],
     lines: Lines,
     compared: Conditions,
-    selected: FoundExperts,
-    published: Setting,
-    chosen: Setting,
-    points: Sequence[Mapping[str, Any]],
+    steering: Steering | None,
     general: RoutingStatistics,
 ) -> dict[str, Any]:
-    """All results, JSON-able; docs/evaluation.md describes them."""
-    swept = bool(points)
+    """All results, JSON-able; docs/evaluation.md describes them. ``steering`` is None if nothing is steered."""
+    swept = steering is not None and bool(steering.points)
     decided = next(task for task in tasks if task.name == (study.sweep.task or tasks[0].name)).items[0::2]
     by_task = {task.name: _task_results(task, lines, study.seeds.bootstrap, decided if swept else ()) for task in tasks}
     return {
         "settings": {
-            "published": {**published.to_dict(), "shown": str(published)},
-            "chosen": {**chosen.to_dict(), "shown": str(chosen)},
+            "published": None if steering is None else _shown(steering.published),
+            "chosen": None if steering is None else _shown(steering.chosen),
             "tuned_on_even_items": swept,
         },
-        "experts": _experts(selected, chosen),
-        "sweep": list(points),
+        "experts": [] if steering is None else _experts(steering.selected, steering.chosen),
+        "sweep": [] if steering is None else list(steering.points),
         "conditions": {
             name: {"plan": None if plan is None else plan.hash, "rules": "" if plan is None else repr(plan)}
             for name, plan in compared.plans.items()
@@ -205,6 +210,10 @@ def results_of(
         "tasks": by_task,
         "routing": _routing(general, study.corpora.reference, by_task),
     }
+
+
+def _shown(setting: Setting) -> dict[str, Any]:
+    return {**setting.to_dict(), "shown": str(setting)}
 
 
 def _experts(selected: FoundExperts, chosen: Setting) -> list[dict[str, Any]]:
@@ -247,6 +256,7 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, decided: Sequence[st
         "items": len(task.items),
         "left_out_items": len({question.item for question in task.questions}) - len(task.items),
         "languages": list(answered[BASE].languages),
+        "max_new_tokens": task.source.max_new_tokens if task.kind == "generate" else None,
         "comparisons": {},
     }
     for part, which in parts.items():
@@ -260,10 +270,10 @@ def _task_results(task: AskedTask, lines: Lines, seed: int, decided: Sequence[st
         "gained": gained,
         "p": p_value,
         "lines_changed": _changed(mine[BASE], mine[AGAIN]),
-        "lines_changed_by_null_plan": _changed(mine[BASE], mine[NULL]),
+        "lines_changed_by_null_plan": _changed(mine[BASE], mine[NULL]) if NULL in mine else None,
         "lines": len(mine[BASE]),
     }
-    results["power"] = power(right[BASE][parts[main]], right[STEERED][parts[main]])
+    results["power"] = power(right[BASE][parts[main]], right[STEERED][parts[main]]) if STEERED in right else None
     return results
 
 

@@ -7,17 +7,14 @@ study = read_study("my.toml", {"steer.strength": 1.0})
 from __future__ import annotations
 
 import datetime
-import math
 import sys
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, get_args
 
 from moe_route.base import files
+from moe_route.base.schema import FileRefusedError, Kind, meant, read_text
 from moe_route.data import shipped_studies
 
 if sys.version_info >= (3, 11):
@@ -27,13 +24,12 @@ else:
 
 _COMMIT = 40  # hexadecimal digits of a commit hash
 
-CONTROLS = ("before", "after", "multilingual", "deactivation", "off", "other layer base")
+ControlName = Literal["before", "after", "multilingual", "deactivation", "off", "other layer base"]
+CONTROLS: tuple[ControlName, ...] = get_args(ControlName)
 """Controls beside the random ones: see `conditions`."""
 
-Settings = TypeVar("Settings")
 
-
-class StudyError(ValueError):
+class StudyError(FileRefusedError):
     """Raised for a study that cannot be used; the message names the key and how to fix it."""
 
 
@@ -149,7 +145,7 @@ class CorporaSettings:
     """The two corpora: parallel general text, and text of the task in the reference language.
 
     Attributes:
-        general, task: see `CorpusSource`.
+        general, task: see `CorpusSource`; no task if the study steers nothing.
         add_special_tokens: whether the tokenizer adds its special tokens to texts. Required.
         reference: language in which experts are found, and from which divergence is measured.
         max_length: texts are cut to this many tokens.
@@ -157,8 +153,8 @@ class CorporaSettings:
     """
 
     general: CorpusSource
-    task: CorpusSource
     add_special_tokens: bool
+    task: CorpusSource | None = None
     reference: str = "eng_Latn"
     max_length: int = 1024
     batch_size: int = 16
@@ -215,7 +211,6 @@ class SteerSettings:
 
     def __post_init__(self) -> None:
         _check_layers(self.layers, self.layer_base)
-        _check_strengths(self.strength)
 
 
 @dataclass(frozen=True)
@@ -230,12 +225,9 @@ class ControlSettings:
 
     random: int = 5
     random_per_token: int = 5
-    run: tuple[str, ...] = CONTROLS
+    run: tuple[ControlName, ...] = CONTROLS
 
     def __post_init__(self) -> None:
-        for name in self.run:
-            if name not in CONTROLS:
-                raise ValueError(f"there is no control {name!r}: there are {', '.join(CONTROLS)}")
         if self.random < 0 or self.random_per_token < 0:
             raise ValueError("random and random_per_token are numbers of plans, 0 or more")
 
@@ -256,7 +248,6 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         _check_thresholds(self.tau, self.tau)
-        _check_strengths(*self.strength)
 
     def __bool__(self) -> bool:
         """Whether there is something to try."""
@@ -321,15 +312,19 @@ class SeedSettings:
 
 @dataclass(frozen=True)
 class Study:
-    """A whole evaluation. `title` is one sentence for the report; the other attributes are the tables of the file."""
+    """A whole evaluation. `title` is one sentence for the report; the other attributes are the tables of the file.
+
+    A study without `find`, `steer` and `corpora.task` steers nothing: it asks the model alone, and holds its accuracy
+    against the divergence of the languages.
+    """
 
     title: str
     model: ModelSettings
     chat: ChatSettings
     corpora: CorporaSettings
-    find: FindSettings
-    steer: SteerSettings
     tasks: Mapping[str, TaskSource]
+    find: FindSettings | None = None
+    steer: SteerSettings | None = None
     controls: ControlSettings = field(default_factory=ControlSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
     seeds: SeedSettings = field(default_factory=SeedSettings)
@@ -337,18 +332,42 @@ class Study:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("there is no task: add a table [tasks.NAME]")
+        parts = {"find": self.find, "steer": self.steer, "corpora.task": self.corpora.task}
+        missing = [name for name, given in parts.items() if given is None]
+        if 0 < len(missing) < len(parts):
+            raise ValueError(
+                f"{' and '.join(missing)} is missing: add it to steer, or leave out all of {', '.join(parts)}"
+            )
+        if missing and self.sweep:
+            raise ValueError("sweep tries settings of steering, and nothing is steered: leave it out, or add steer")
         for name in self.tasks:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"the task {name!r} needs a name of letters, digits, - and _")
         if self.sweep.task is not None and self.sweep.task not in self.tasks:
             raise ValueError(f"sweep.task is {self.sweep.task!r}: there are {', '.join(self.tasks)}")
         for layers in self.sweep.layers:
-            _check_layers(layers, self.steer.layer_base)
+            _check_layers(layers, self.steering.layer_base)
+
+    @property
+    def steering(self) -> SteerSettings:
+        """How experts are steered, in a study that steers."""
+        assert self.steer is not None
+        return self.steer
+
+    @property
+    def finding(self) -> FindSettings:
+        """How experts are found, in a study that steers."""
+        assert self.find is not None
+        return self.find
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, JSON-able."""
         tables: dict[str, Any] = _lists(asdict(self))
         return tables
+
+
+STUDY = Kind("study", Study, mark="")
+"""Files of studies."""
 
 
 def _lists(value: Any) -> Any:
@@ -366,15 +385,16 @@ def read_study(name: str | Path, changes: Mapping[str, Any] | None = None) -> St
     shipped = shipped_studies()
     path = shipped.get(str(name), Path(name))
     if not path.is_file():
-        close = get_close_matches(str(name), shipped, n=1) or [", ".join(shipped)]
-        raise StudyError(f"there is no study {str(name)!r}: give a TOML file, or a shipped one ({close[0]})")
+        near = meant(str(name), shipped, "or a shipped one:")
+        raise StudyError(f"there is no study {str(name)!r}: give a TOML file, {near}")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise StudyError(f"{path} is no TOML file ({error}): correct it there") from error
     for key, value in (changes or {}).items():
         _assign(table, key, value)
-    return from_table(Study, table)
+    study: Study = STUDY.read(table, str(path), StudyError)
+    return study
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -422,103 +442,7 @@ def _check_thresholds(shown: object, thresholds: tuple[float, ...]) -> None:
         raise ValueError(f"tau is {shown}: thresholds lie from 0 to 1, published ones from 0.25 to 0.5")
 
 
-def _check_strengths(*strengths: float) -> None:
-    for strength in strengths:
-        if not math.isfinite(strength):
-            raise ValueError(f"strength is {strength}: give a finite number of standard deviations")
-
-
 def _check_layers(layers: tuple[int, int], base: int) -> None:
     first, last = layers
     if first < base or last < first:
         raise ValueError(f"layers are {list(layers)}: give the first and the last, counted upwards from {base}")
-
-
-# ---- settings from the tables of a file
-
-
-def from_table(kind: type[Settings], table: Mapping[str, Any], where: str = "") -> Settings:
-    """Make the dataclass `kind` from a table whose keys are its fields.
-
-    A field that is a dataclass takes a table, and one that is a mapping to a dataclass takes a table of tables.
-    Numbers, strings, booleans, tuples and choices (`Literal`) are checked against the annotation. Raises `StudyError`
-    for unknown, missing and mistyped keys, with the `ValueError` of the dataclass's own checks as text.
-    """
-    hints = typing.get_type_hints(kind)
-    keys: Sequence[Any] = fields(kind)  # type: ignore[arg-type]
-    names = [one.name for one in keys]
-    for key in table:
-        if key not in names:
-            close = get_close_matches(str(key), names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
-            raise StudyError(f"the study has no key {_joined(where, str(key))}: {hint}")
-    for one in keys:
-        if one.name not in table and one.default is MISSING and one.default_factory is MISSING:
-            raise StudyError(f"the study lacks {_joined(where, one.name)}: add it ({_described(hints[one.name])})")
-    values = {key: _value(hints[key], value, _joined(where, key)) for key, value in table.items()}
-    try:
-        return kind(**values)
-    except StudyError:
-        raise
-    except ValueError as error:
-        raise StudyError(f"{where or 'the study'}: {error}") from error
-
-
-def _joined(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """The value as the annotation wants it."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _one_of(inner, value, where)
-    if origin is Literal:
-        if value not in inner or isinstance(value, bool) is not any(isinstance(one, bool) for one in inner):
-            raise StudyError(f"{where} is {value!r}: choose {_described(hint)}")
-        return value
-    if is_dataclass(hint) and isinstance(value, Mapping):
-        return from_table(typing.cast("type[Any]", hint), value, where)
-    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
-        return {str(key): _value(inner[1], item, _joined(where, str(key))) for key, item in value.items()}
-    if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
-        of = [inner[0]] * len(value) if len(inner) == 2 and inner[1] is Ellipsis else list(inner)
-        if len(of) == len(value):
-            return tuple(
-                _value(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(of, value, strict=True))
-            )
-    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool) is isinstance(value, bool):
-        return value
-    raise StudyError(f"{where} is {value!r}: give {_described(hint)}")
-
-
-def _one_of(hints: Sequence[Any], value: Any, where: str) -> Any:
-    for hint in hints:
-        if hint is type(None) and value is None:
-            return None
-        try:
-            return _value(hint, value, where)
-        except StudyError as error:
-            failure = error
-            if is_dataclass(hint):
-                raise
-    given = " or ".join(_described(hint) for hint in hints if hint is not type(None))
-    raise StudyError(f"{where} is {value!r}: give {given}") from failure
-
-
-def _described(hint: Any) -> str:
-    """What a value of this type is, in words."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " or ".join(repr(one) for one in inner)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_described(one) for one in inner if one is not type(None))
-    if origin is tuple:
-        parts = "..." if inner[-1] is Ellipsis else ", ".join(_described(one) for one in inner[1:])
-        return f"a list [{_described(inner[0])}, {parts}]"
-    if origin is not None or is_dataclass(hint):
-        return "a table"
-    words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
-    return words.get(hint, str(hint))

@@ -8,7 +8,6 @@ of thousands and decimals, and compares values. Numbers in words are read by nei
 
 from __future__ import annotations
 
-import json
 import re
 import string
 import unicodedata
@@ -18,11 +17,37 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from moe_route.base.schema import Kind, parse_json, read_text
 from moe_route.data import Corpus, CorpusError, Question, Task, demo_problems
 from moe_route.data.languages import flores_code
 from moe_route.evaluation.study import CorpusSource, StudyError, TaskSource, fingerprint
 
 LETTERS = ("A", "B", "C", "D")
+
+
+@dataclass(frozen=True)
+class QuestionContent:
+    """A question in one language, a line of a file of JSON lines.
+
+    Attributes:
+        item: key of the question, the same in every language.
+        language: its language, such as a FLORES code.
+        prompt: text to continue.
+        answer: right continuation, with the space before it where the language has spaces.
+        subset: part of the task that it belongs to.
+        choices: all continuations to choose from, if the answer is not free.
+    """
+
+    item: str | int
+    language: str
+    prompt: str
+    answer: str | int | float
+    subset: str | int = ""
+    choices: tuple[str | int | float, ...] = ()
+
+
+QUESTION = Kind("question", QuestionContent, mark="")
+"""Lines of a file of questions."""
 
 # language -> (before the question, after it): the native prompts of lm-eval's mgsm_native_cot (there, the Russian one
 # lacks the space between its two words)
@@ -151,21 +176,16 @@ def _table(path: Path, source: TaskSource) -> Iterator[Question]:
 
 def _questions(path: Path, source: TaskSource) -> Iterator[Question]:
     for place, row in _json_rows(path):
-        yield Question(
-            _text(row, "item", place),
-            _text(row, "language", place),
-            _text(row, "prompt", place),
-            _text(row, "answer", place),
-            str(row.get("subset", "")),
-            tuple(map(str, row.get("choices", ()))),
-        )
+        said = vars(QUESTION.read(row, place, CorpusError))
+        item, language, prompt, answer = (_text(said, name, place) for name in ("item", "language", "prompt", "answer"))
+        yield Question(item, language, prompt, answer, str(said["subset"]), tuple(map(str, said["choices"])))
 
 
 def _mgsm(path: Path, source: TaskSource) -> Iterator[Question]:
     """A folder of `mgsm_LANGUAGE.tsv`: question, tab, answer; line i is the same problem in every language."""
     for file, language in _by_language(path, "mgsm_*.tsv", "mgsm_"):
         before, after = _NATIVE_STEPS.get(language, _NATIVE_STEPS["eng_Latn"])
-        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line for line in read_text(file).split("\n") if line.strip()]
         for number, line in enumerate(lines, 1):
             question, tab, answer = line.rpartition("\t")
             if not tab:
@@ -260,23 +280,16 @@ def _by_language(folder: Path, pattern: str, prefix: str = "") -> Iterator[tuple
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of each object of a file of JSON lines or a JSON list; a place ends with the number of the row."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        parts: Iterable[tuple[int, Any]] = enumerate(_parsed(text, str(path)), 1)
+        parts: Iterable[tuple[int, Any]] = enumerate(parse_json(text, str(path), CorpusError), 1)
     else:
         lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        parts = ((number, _parsed(line, f"{path}, line {number}")) for number, line in lines)
+        parts = ((number, parse_json(line, f"{path}, line {number}", CorpusError)) for number, line in lines)
     for number, row in parts:
         if not isinstance(row, dict):
             raise CorpusError(f"{path}, row {number} is no JSON object: write one per line")
         yield f"{path}, row {number}", row
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{place} is no JSON ({error.msg}): correct it") from error
 
 
 def _text(row: Mapping[str, Any], name: str, place: str) -> str:

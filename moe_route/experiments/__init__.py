@@ -7,6 +7,7 @@ already), and returns a result with intervals. Its arithmetic is in ``moe_route.
 from moe_route.experiments.expert_patching import ExpertPatching, PromptPair, patch_experts
 from moe_route.experiments.knockout import Knockout, knockout
 from moe_route.experiments.neighbors import NeighborScores, neighbor_scores
+from moe_route.experiments.positive_control import PositiveControl, positive_control
 from moe_route.experiments.pruning import CannotExportError, PruningCurve, export_pruned, pruning_curve
 from moe_route.experiments.regret import Regret, regret
 from moe_route.experiments.routing import learn_routing, router_weights
@@ -18,6 +19,7 @@ __all__ = [
     "ExpertPatching",
     "Knockout",
     "NeighborScores",
+    "PositiveControl",
     "PromptPair",
     "PruningCurve",
     "Regret",
@@ -28,6 +30,7 @@ __all__ = [
     "learn_routing",
     "neighbor_scores",
     "patch_experts",
+    "positive_control",
     "pruning_curve",
     "record_trace",
     "regret",

@@ -47,7 +47,7 @@ class NeighborScores(ShownAsTables):
         C3PO changes the last five layers only. Layers are indices from 0; all by default.
         """
         plan = Plan.replace_scores(self.scores, items=self.items, per="sequence")
-        plan = plan.for_model(self.model.name, config_hash=self.model.config_hash, num_experts=self.num_experts)
+        plan = plan.for_model(**(self.model.to_dict() | {"num_experts": self.num_experts}))
         return plan if layers is None else plan.only(layers=layers)
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from moe_route.routed import RoutedModel
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.lines import KeptRuns
 from moe_route.runs.record import record_texts
-from moe_route.steering import Plan, PlanError
+from moe_route.steering import Plan, PlanError, Reach
 from moe_route.steering.layers import as_layers
 
 
@@ -125,11 +125,15 @@ class TextRun:
         Texts run under their groups and items, also for a recording that is open.
         """
         sums = np.zeros(len(self.texts.ids))
-        with nullcontext() if plan is None else self.routed.steer(plan):
+        if plan is not None:
+            plan.check_groups(self.groups)
+        reach = Reach(() if plan is None else plan.rules)
+        with nullcontext() if plan is None else self.routed.steer(plan, reach=reach):
             for batch in self._batches(caption):
                 nats = self._nats(batch, [text.group for text in batch.texts], plan)
                 mask = batch.inputs["attention_mask"][:, 1:].cpu().numpy()
                 sums[list(batch.positions)] = (nats * mask).sum(1)
+        self._warn_of(reach)
         return sums
 
     def natural(self) -> NaturalRun:
@@ -163,18 +167,25 @@ class TextRun:
         alike = max(1, self.batch_size // len(plans))  # texts per batch
         together = max(1, self.batch_size // alike)  # plans per batch
         groups = list(dict.fromkeys(self.groups))
+        reach = Reach((rule for plan in plans for rule in plan.rules), group_of=_group_of_copy)
         starts = range(0, len(plans), together)
         for number, start in enumerate(starts, 1):
             copies = range(start, min(start + together, len(plans)))
             plan = sum((_of_copies(plans[copy], copy, groups) for copy in copies), Plan())
             shown = caption if len(starts) == 1 else f"{caption} ({number} of {len(starts)})"
-            with self.routed.steer(plan):
+            with self.routed.steer(plan, reach=reach):
                 for batch in self._batches(shown, alike):
                     repeated = _repeated(batch, len(copies))
                     labels = [_copy(copy, text.group) for copy in copies for text in batch.texts]
                     for row, values in enumerate(self._nats(repeated, labels, plan)):
                         text = batch.positions[row % len(batch.texts)]
                         yield copies[row // len(batch.texts)], text, values[: int(self.tokens[text])]
+        self._warn_of(reach)
+
+    def _warn_of(self, reach: Reach) -> None:
+        """Warn of rules that reached no token, unless batches of an earlier run were not run again."""
+        reach.partial = self.kept is not None and self.kept.resumed > 0
+        reach.warn(stacklevel=3)
 
     def effects(
         self, sums: np.ndarray, counts: np.ndarray, *, resamples: int, permutations: int, seed: int
@@ -225,6 +236,10 @@ def _copy(number: int, group: str) -> str:
     return f"{number}\0{group}"
 
 
+def _group_of_copy(name: str) -> str:
+    return name.partition("\0")[2]
+
+
 def _of_copies(plan: Plan, number: int, groups: Sequence[str]) -> Plan:
     """The plan for its copies of the texts only, under its own conditions on groups."""
     rules = []
@@ -235,8 +250,9 @@ def _of_copies(plan: Plan, number: int, groups: Sequence[str]) -> Plan:
                 "only, Plan.replay(ids, items=[...])"
             )
         kept = [_copy(number, group) for group in groups if rule.groups is None or group in rule.groups]
-        if kept:
-            rules.append(replace(rule, groups=tuple(sorted(kept))))
+        # a rule for groups that no text has stays, so that it is seen to reach nothing
+        kept = kept or [_copy(number, group) for group in rule.groups or ()]
+        rules.append(replace(rule, groups=tuple(sorted(kept))))
     return Plan(rules, model=plan.model)
 
 

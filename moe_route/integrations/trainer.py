@@ -32,7 +32,7 @@ import torch
 from moe_route.analysis import load_balance
 from moe_route.recording import Recorder, all_reduce
 from moe_route.routed import RoutedModel, attach
-from moe_route.steering import Plan
+from moe_route.steering import Plan, Reach
 from moe_route.training import AdaptedModel
 
 try:
@@ -203,11 +203,19 @@ class PlanTrainer(_GroupTrainer):
         """
         super().__init__(routed.model, column, **options)
         self.routed, self.plan = routed, plan
+        self._reach = Reach(plan.rules)
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Train, and warn at the end of the rules of the plan that reached no token."""
+        self._reach = Reach(self.plan.rules)
+        done = super().train(*arguments, **options)
+        self._reach.warn()
+        return done
 
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> torch.Tensor:
         """One step, backward pass included, so that layers that run again are steered alike."""
         groups = inputs.pop(self.column)
-        with self.routed.steer(self.plan), self.routed.labels(groups=groups):
+        with self.routed.steer(self.plan, reach=self._reach), self.routed.labels(groups=groups):
             return super().training_step(model, inputs, *arguments, **options)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:

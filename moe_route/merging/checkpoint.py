@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_route.base import files
 from moe_route.base.identity import library_versions
+from moe_route.base.schema import FileRefusedError, load_json
 
 INDEX = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
@@ -77,8 +78,11 @@ class Checkpoint:
     def _find(self, folder: Path) -> None:
         self.folder = folder
         if (folder / INDEX).is_file():
-            shards = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-            self._files = {name: folder / shard for name, shard in shards.items()}
+            try:
+                shards = dict(load_json(folder / INDEX, foreign=True)["weight_map"])
+                self._files = {name: folder / Path(shard).name for name, shard in shards.items()}
+            except (LookupError, TypeError, ValueError) as error:
+                raise FileRefusedError(f"{folder / INDEX} names no shards ({error}): copy it again") from error
         elif (folder / _ONE_FILE).is_file():
             self._files = dict.fromkeys(self._opened(folder / _ONE_FILE).keys(), folder / _ONE_FILE)
         else:
@@ -86,7 +90,7 @@ class Checkpoint:
                 f"{folder} holds neither {_ONE_FILE} nor {INDEX}: name the folder of a checkpoint in safetensors"
             )
         if (folder / "config.json").is_file():
-            self.config = json.loads((folder / "config.json").read_text("utf-8"))
+            self.config = load_json(folder / "config.json", foreign=True)
 
     def _opened(self, path: Path) -> Any:
         if path not in self._open:
@@ -222,7 +226,8 @@ def _vocabulary(checkpoint: Checkpoint) -> object:
     path = checkpoint.folder / "tokenizer.json" if checkpoint.folder else None
     if path is None or not path.is_file():
         return None
-    return json.loads(path.read_text("utf-8")).get("model", {}).get("vocab")
+    content = load_json(path, foreign=True)
+    return content.get("model", {}).get("vocab") if isinstance(content, dict) else None
 
 
 # ``Merged``: the result of merging, whose tensors are computed when they are read.

@@ -142,7 +142,7 @@ Method: TypeAlias = Literal["linear", "task_arithmetic", "ties", "dare", "pcb", 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"weights": None},
     "task_arithmetic": {"weights": None, "density": 1.0},
-    "ties": {"weights": 1.0, "density": 0.2},
+    "ties": {"weights": 1.0, "density": 0.2, "trim": "matrix"},
     "dare": {"weights": None, "density": 0.5, "seed": 0},
     "pcb": {"ratio": 0.1, "scale": 1.0},
     "widen": {},
@@ -160,12 +160,14 @@ def merge(
     ratio: float | None = None,
     scale: float | None = None,
     seed: int | None = None,
+    trim: Literal["matrix", "model"] | None = None,
 ) -> Merged:
     """Merge fine-tunes of one base.
 
-    Weighted sums work on single values. The other methods but ``"pcb"`` work on each matrix of each expert by itself,
-    gate and up apart, whatever the layout of the checkpoint. Products are computed in float32; the result has the
-    dtypes of the base (of the first model, for ``"linear"``). Tensors that are not floating point come from the base.
+    Weighted sums work on single values. The other methods work on each matrix of each expert by itself, gate and up
+    apart, whatever the layout of the checkpoint; ``"pcb"``, and ``"ties"`` where it trims the model, also on the whole
+    model. Products are computed in float32; the result has the dtypes of the base (of the first model, for
+    ``"linear"``). Tensors that are not floating point come from the base.
 
     Args:
         models: models, state dicts or folders.
@@ -180,11 +182,13 @@ def merge(
         ratio: share of the parameters that ``"pcb"`` keeps, by default 0.1.
         scale: factor of the merged difference of ``"pcb"``, by default 1.
         seed: of the drawing of ``"dare"``, by default 0.
+        trim: where ``"ties"`` keeps the share ``density`` of largest size: of each ``"matrix"`` (PEFT's, the default),
+            or of the whole ``"model"``, as the method was published.
 
     Raises ``ValueError`` for an option that the method does not read, for models that cannot be merged and for a base
     that a model was not trained from; ``ImportError`` without PEFT.
     """
-    given = {"weights": weights, "density": density, "ratio": ratio, "scale": scale, "seed": seed}
+    given = {"weights": weights, "density": density, "ratio": ratio, "scale": scale, "seed": seed, "trim": trim}
     options = _options(method, {name: value for name, value in given.items() if value is not None}, len(models))
     if (base is None) != (method == "linear"):
         raise ValueError(
@@ -243,6 +247,8 @@ def _options(method: str, given: dict[str, Any], models: int) -> dict[str, Any]:
     for name in ("density", "ratio"):
         if name in options and not 0 < options[name] <= 1:
             raise ValueError(f"{name}={options[name]}: a share is above 0 and at most 1")
+    if options.get("trim", "matrix") not in ("matrix", "model"):
+        raise ValueError(f'trim={options["trim"]!r}: a share is kept of each "matrix" or of the whole "model"')
     return options
 
 
@@ -263,10 +269,21 @@ def _parts(method: str, options: dict[str, Any], base: Checkpoint, models: list[
         return lambda name, old, values: torch.tensordot(weights, values, 1)
     if method == "task_arithmetic" and options["density"] == 1:
         return lambda name, old, differences: old + torch.tensordot(weights, differences, 1)
-    return _of_peft(method, weights, options["density"], options.get("seed", 0))
+    least = None
+    if options.get("trim") == "model":
+        least = _least_kept(lambda: _differences(base, models), options["density"])
+    return _of_peft(method, weights, options["density"], options.get("seed", 0), least)
 
 
-def _of_peft(method: str, weights: Tensor, density: float, seed: int) -> _Part:
+def _least_kept(read: Callable[[], Iterable[Tensor]], density: float) -> Tensor:
+    """float32 [models, 1]: the smallest size among the share ``density`` of largest differences of each whole model."""
+    total = sum(portion.shape[1] for portion in read())
+    place = min(total - int(density * total), total - 1)
+    return order_statistics(lambda: (portion.abs() for portion in read()), [place])[0]
+
+
+def _of_peft(method: str, weights: Tensor, density: float, seed: int, least: Tensor | None) -> _Part:
+    """A function of PEFT on one matrix; ``least`` float32 [models, 1] trims for ties in place of the density."""
     try:
         from peft.utils import merge_utils
     except ImportError as error:
@@ -274,7 +291,12 @@ def _of_peft(method: str, weights: Tensor, density: float, seed: int) -> _Part:
 
     def pruned(name: str, old: Tensor, differences: Tensor) -> Tensor:
         tensors = list(differences)
-        if method == "ties":
+        if least is not None:
+            sizes = differences.abs() >= least.view(-1, *[1] * old.dim())
+            trimmed = torch.where(sizes, differences, 0.0)
+            signs = merge_utils.calculate_majority_sign_mask(trimmed)
+            merged = merge_utils.disjoint_merge(weights.view(-1, *[1] * old.dim()) * trimmed, signs)
+        elif method == "ties":
             merged = merge_utils.ties(tensors, weights, density)
         elif method == "dare":
             # The name seeds the drawing, so that the result does not depend on the order in which tensors are read.

@@ -1,11 +1,12 @@
 """Per-token steering, for rules that per-row tables cannot express; computed in torch before and after `route`.
 
-Five kinds of rules need more than a token's row: rules that depend on the router's own choice (only if absent), random
-draws per token, replaced scores, choices by expert id (fixed, replayed or drawn, the reserved slot), and more experts
-than the router has slots. The first three become tables with a row for each token. One `route` call then steers,
+Six kinds of rules need more than a token's row: a user's own functions of the logits, rules that depend on the router's
+own choice (only if absent), random draws per token, replaced scores, choices by expert id (fixed, replayed or drawn,
+the reserved slot), and more experts than the router has slots. Functions run first, on the model's own logits: all that
+follows sees what they return. The next three become tables with a row for each token. One `route` call then steers,
 chooses and weighs with them, and counts the tokens whose choice it makes. Tokens whose choice is made here, or that are
 routed again whatever their own choice, are excluded from that count. They are counted separately into the same tables.
-Nothing here waits for a device.
+Nothing here waits for a device, except functions, which are given the rows of their tokens alone.
 
 Random draws are counter-based (SplitMix64), reproducible across devices and batch splits. A draw depends on the seed,
 the layer, and the token (its position in the sequence and its id). It depends neither on the state of a generator nor
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor
 
 from moe_route import reference
-from moe_route.base.devices import widest
+from moe_route.base.devices import CaptureRefusedError, capturing, widest
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, Force, StatisticsTables, SteeringTables
-from moe_route.contract.token_tables import Part, TokenTables, stream_of
+from moe_route.contract.token_tables import Part, TokenTables, Where, stream_of
+from moe_route.modules.intercept import untraced
 from moe_route.ops.gate import route, route_weights
 
 _FACTORS = ("scale", "weight_scale")
@@ -64,6 +66,7 @@ def route_tokens(
     tokens: Tensor,
     counter: Tensor | None,
     entries: Tensor | None = None,
+    told: Tensor | None = None,
     choice: Tensor,
     choice_weights: Tensor | None = None,
     correction_bias: Tensor | None = None,
@@ -76,11 +79,15 @@ def route_tokens(
         choice: the router's own choice.
         counter: [T], a number per token that seeds its random draws.
         entries: int64 [T, M], each token's row in each table of values per token (-1: none).
+        told: int64 [T, 4], what functions are told of each token (`Where.of`).
 
     Returns:
         weights and ids [T, k] (wider if rows have more slots), and the inputs that ``ops.route`` was given.
     """
     row = _rows(tokens, tables.rows)
+    applied = None
+    if tables.functions:
+        logits, applied = _applied(tables, logits, row, told)
     replayed = _choice(tables, row, entries, counter, k)
     given = _given_scores(tables, row, entries, counter)
     scored = None if given is None else ~torch.isnan(given[:, 0])
@@ -91,7 +98,7 @@ def route_tokens(
     steered = steer(tables, logits, tokens, row, choice, counter, given)
     replayed = _drawn_choice(tables, replayed, row, steered, k, spec, counter, correction_bias)
     more = _holds(row, tables.base.tables["top_k"] > k) if tables.wide else None
-    anew = _either(None if tables.anew is None else _holds(row, tables.anew), scored)
+    anew = _either(_either(None if tables.anew is None else _holds(row, tables.anew), scored), applied)
     named = _named(tables, row, replayed)
     apart = _either(named, anew)
     own = choice if anew is None else torch.where(anew[:, None], -1, choice)  # -1: no choice to keep
@@ -111,6 +118,10 @@ def route_tokens(
         )
 
     weights, ids = routed(k, steered.tokens if apart is None else _only(steered.tokens, ~apart), statistics)
+    if applied is not None and tables.functions_only is not None and choice_weights is not None:
+        unchanged = _holds(row, tables.functions_only) & ~applied  # the model's own weights, with the same gradient
+        own_weights = choice_weights.detach().to(weights.dtype) + (weights - weights.detach())
+        weights = torch.where(unchanged[:, None], own_weights, weights)
     if more is not None:
         wider_weights, wider_ids = routed(tables.wide, steered.tokens)
         ids = torch.where(more[:, None], wider_ids, _padded(ids, tables.wide, -1))
@@ -137,6 +148,59 @@ def route_tokens(
 def _holds(row: Tensor, rows: Tensor) -> Tensor:
     """bool [T]: the flag of each token's row, False for tokens without a row."""
     return (row >= 0) & rows[row.clamp(min=0)]
+
+
+# ---- a user's own functions
+
+
+@untraced  # Python that torch.compile cannot see into: the graph ends here, and fullgraph=True is refused
+def _applied(tables: TokenTables, logits: Tensor, row: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits [T, E] after the functions of the plan, and bool [T], the tokens whose logits are others now."""
+    if capturing(logits.device):
+        raise CaptureRefusedError(
+            "a CUDA graph is being captured, and a plan applies a function to logits, whose Python would not run again "
+            "in its replays: run without CUDA graphs, or steer by rules without Plan.apply"
+        )
+    natural = logits if logits.dtype is torch.float64 else logits.float()
+    made = natural
+    for function, rows in tables.functions:
+        places = _holds(row, rows).nonzero()[:, 0]
+        if not len(places):
+            continue
+        if told is None:
+            raise RuntimeError(
+                "a plan applies a function, but the call does not say which token is where: steer with "
+                "RoutedModel.steer, which counts positions"
+            )
+        before = made[places]
+        after = _checked(function, before.float(), Where.of(tables.layer, told[places]))
+        if made.dtype is not torch.float32:  # what a function leaves alone keeps its own precision
+            after = torch.where(_differs(before.float(), after)[:, None], after.to(made.dtype), before)
+        made = made.index_copy(0, places, after)
+    return made, _differs(natural, made)
+
+
+def _checked(function: Callable[[Tensor, Where], Tensor], logits: Tensor, where: Where) -> Tensor:
+    """What a function makes of float32 logits [n, E]; raises an error naming it for anything but such logits."""
+    name = getattr(function, "__qualname__", type(function).__name__)
+    made = function(logits.clone(), where)
+    if not isinstance(made, Tensor):
+        raise TypeError(f"{name} returned {type(made).__name__} in layer {where.layer}: return the logits, a tensor")
+    if made.shape != logits.shape or made.dtype is not torch.float32 or made.device != logits.device:
+        raise ValueError(
+            f"{name} returned {made.dtype} {list(made.shape)} on {made.device} in layer {where.layer}: return float32 "
+            f"{list(logits.shape)} on {logits.device}, as it was given"
+        )
+    if bool((torch.isnan(made) & ~torch.isnan(logits)).any()):
+        raise ValueError(
+            f"{name} returned NaN in layer {where.layer} where the logit was a number: -inf chooses an expert last"
+        )
+    return made
+
+
+def _differs(one: Tensor, other: Tensor) -> Tensor:
+    """bool [T]: rows of [T, E] that are not equal, NaN being equal to NaN."""
+    return ((one != other) & ~(torch.isnan(one) & torch.isnan(other))).any(1)
 
 
 # ---- rules that become tables

@@ -22,7 +22,7 @@ from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at,
 from moe_route.ops import library, load_kernels
 from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import RunningCall
-from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, HookEngine, LayerSteering
+from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, HookEngine, LayerSteering, LogitsCallback
 from moe_route.patching.generate import listen_to_generate
 from moe_route.routers.check import check_router
 from moe_route.routers.discovery import RouterInfo, find_routers
@@ -54,9 +54,8 @@ class Attachment:
     statistics nor steering nor `on_choice` is set, they only test for that and do nothing else.
 
     Args:
-        engine: "hook" installs a forward hook and keeps every bit of an unsteered model. "fused" replaces the router by
-            its gate matrix and one `route` call: same ids where scores differ by more than 4 units in the last place,
-            weights within 4 units. A router that cannot be fused gets a hook; its `RouterInfo` gives the reason.
+        engine, ties: see `moe_route.attach`. A router that cannot be fused gets a hook; its `RouterInfo` gives the
+            reason.
         experts_implementation: None keeps the model's own. "moe_route" runs the experts by this package's dispatch and
             combine until `detach` (equal within the bounds of docs/kernels.md, not bit for bit).
         pack: with "moe_route" on a CPU, keep a packed copy of the experts' weights until `detach`: faster, the same
@@ -71,16 +70,20 @@ class Attachment:
         model: nn.Module,
         *,
         engine: Literal["hook", "fused"] = "hook",
+        ties: Literal["index", "model"] = "index",
         experts_implementation: Literal["moe_route"] | None = None,
         pack: bool = False,
         verify: bool = True,
     ) -> None:
         _check_option("engine", engine, tuple(ENGINES))
+        _check_option("ties", ties, ("index", "model"))
         _check_option("experts_implementation", experts_implementation, EXPERTS_IMPLEMENTATIONS)
         if pack and experts_implementation is None:
             raise ValueError(
                 "pack=True packs weights for this package's experts: add experts_implementation='moe_route'"
             )
+        if ties == "model" and engine != "fused":
+            raise ValueError("ties='model' is for engine='fused': a hook keeps the model's choice anyway, leave it out")
         self.model = model
         self.routers: list[RouterInfo] = find_routers(model)
         for router in self.routers:
@@ -94,12 +97,16 @@ class Attachment:
         if verify:
             _check(self.routers)
         self._on_choice: ChoiceCallback | None = None
+        self._on_logits: tuple[LogitsCallback, ...] = ()
         self._steering: list[LayerSteering | None] | None = None
         self._statistics: list[StatisticsTables] | None = None
         self._captured: list[object] = []
         self._context = RunningCall(finished=partial(finished_tokens, model), on_capture=self._keep_for_graph)
         self._context.placeholders = placeholder_ids(model)
         self._engines = [ENGINES[router.engine](router, self._context) for router in self.routers]
+        for each in self._engines:
+            if isinstance(each, FusedEngine):
+                each.asks_model = ties == "model"
         self._changes: list[Change] = []
         self._watching: list[Change] = []
         self._sinks: tuple[OutputSink | None, InputSink | None] = (None, None)
@@ -129,6 +136,25 @@ class Attachment:
     def on_choice(self, callback: ChoiceCallback | None) -> None:
         self._on_choice = callback
         self._configure()
+
+    def watch_logits(self, callback: LogitsCallback) -> None:
+        """Call ``callback`` for every router with its layer and its own logits [T, E], NaN for tokens it was not given.
+
+        The logits are those of the model, before any steering, with their gradient. Routers of a vision tower are left
+        out, since their patches are not tokens of the call.
+        """
+        self._on_logits = (*self._on_logits, callback)
+        self._configure()
+
+    def unwatch_logits(self, callback: LogitsCallback) -> None:
+        """Stop calling ``callback``. Safe to call twice."""
+        self._on_logits = tuple(other for other in self._on_logits if other is not callback)
+        self._configure()
+
+    def call_shape(self, tokens: int) -> tuple[int, int]:
+        """Batch and length of the running call; (1, tokens) for a router that is called by itself."""
+        call = self._context.call
+        return (1, tokens) if call is None or call.batch * call.length != tokens else (call.batch, call.length)
 
     def set_steering(self, tables: Sequence[LayerSteering | None] | None) -> None:
         """Steer with one table per router, where None leaves a router unsteered; or stop steering, with None alone.
@@ -270,12 +296,13 @@ class Attachment:
         columns = (self._engines, self._statistics or nothing, self._steering or nothing)
         kinds: dict[object, int] = {}
         for engine, statistics, steering in zip(*columns, strict=True):
-            engine.configure(statistics, steering, self._on_choice)
+            engine.configure(statistics, steering, self._on_choice, self._on_logits)
             if statistics is not None:
                 layout = (statistics.metrics, statistics.entropy, statistics.segments is None)
                 kind = (engine.spec, *layout, statistics.device)
                 engine.cohort = kinds.setdefault(kind, len(kinds))
-        idle = self._statistics is None and self._steering is None and self._on_choice is None
+        nothing_set = self._statistics is None and self._steering is None and self._on_choice is None
+        idle = nothing_set and not self._on_logits
         if self._context.idle and not idle:
             self._context.lengths.forget()  # calls went by that were not seen
         self._context.idle = idle
@@ -415,10 +442,11 @@ def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering |
             f"router {router.name!r} (layer {router.layer}) cannot take a top_k above its own: "
             f"{type(router.module).__name__} has no more slots. Leave that layer out: plan.only(layers=[...])"
         )
-    if tables.replays and router.adapter.patches:
+    if (tables.replays or tables.functions) and router.adapter.patches:
+        what = "no table of tokens names" if tables.replays else "are no tokens that a function could be told of"
         raise ValueError(
-            f"router {router.name!r} (layer {router.layer}) routes patches of images, which no table of "
-            "tokens names: leave the layer out, plan.only(layers=[...])"
+            f"router {router.name!r} (layer {router.layer}) routes patches of images, which {what}: leave the layer "
+            "out, plan.only(layers=[...])"
         )
     return fitted(tables, router.name, router.spec)
 

@@ -63,6 +63,7 @@ class RunningCall:
         "steers",
         "table",
         "tables",
+        "told",
         "versioned",
         "_ahead",
         "_cached",
@@ -107,6 +108,7 @@ class RunningCall:
         self.tables: Tables = {}
         self.counters: Tables = {}
         self.entries: Tables = {}
+        self.told: Tables = {}
         self.num_tokens = 0
         self.device: torch.device | None = None
         self.steers = False
@@ -239,6 +241,7 @@ class RunningCall:
         self.tables = self._build(call, labels)
         self.counters = {} if labels.counter is None else {call.device: one_per_token(labels.counter, call)}
         self.entries = {} if labels.entries is None else {call.device: one_per_token(labels.entries, call)}
+        self.told = {} if labels.told is None else {call.device: one_per_token(labels.told, call)}
         self.table = self.last = self.tables[call.device]
         self.num_tokens, self.device, self.call = call.batch * call.length, call.device, call
 

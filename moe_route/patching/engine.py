@@ -5,7 +5,8 @@ model's output stays. With steering, tokens that have a steering row are routed 
 others keep the model's own ids and weights. The router's adapter reads and writes its output.
 
 **fused** (`FusedEngine`) replaces the router's forward by its gate matrix and one `route` call. It does so with a
-subclass made for the one module, so that `isinstance`, `state_dict` and recorders of router logits still work.
+subclass made for the one module, so that `isinstance`, `state_dict` and recorders of router logits still work. Where
+scores are tied it chooses as `csrc/include/moe_route/gate.h` says, or leaves the whole call to the model.
 
 The experts of transformers cannot take id -1. So a slot that steering leaves empty is passed to them with weight 0 and
 the largest id of its row, or 0 if the row has none. It is counted as empty, never as a selection.
@@ -15,15 +16,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from moe_route import ops
+from moe_route.base.devices import CaptureRefusedError, capturing
 from moe_route.calls.call import recomputing
-from moe_route.calls.token_table import on_device
+from moe_route.calls.token_table import Tables, on_device
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import TokenTables
 from moe_route.modules.intercept import Change, ReplacedForward, number
@@ -32,15 +34,24 @@ from moe_route.ops.token_rules import route_tokens
 from moe_route.patching.context import RunningCall
 from moe_route.patching.deferred import versions
 from moe_route.routers.adapter import Decision, Output
+from moe_route.routers.check import undecided
 from moe_route.routers.discovery import RouterInfo
 from moe_route.routers.family import gate_logits, weight_dtype
 
 ChoiceCallback = Callable[[int, Tensor, Tensor], None]
 """Called with a layer, ids [T, k] (-1: an empty slot) and weights [T, k], after steering."""
 
+LogitsCallback = Callable[[int, Tensor], None]
+"""Called with a layer and the router's own logits [T, E], before any steering."""
+
 EMPTYING = frozenset(("force", "top_k", "remap"))  # steering tables that can leave a slot empty
 
 LayerSteering = SteeringTables | TokenTables
+
+_WAITS = (
+    "ties='model' asks the host in every layer whether scores are tied, which {} cannot: attach with ties='index', "
+)
+_WAITS += "or with engine='hook', which keeps every bit"
 
 
 class Choice(NamedTuple):
@@ -62,17 +73,22 @@ class Engine(ABC):
         self.statistics: StatisticsTables | None = None
         self.steering: LayerSteering | None = None
         self.on_choice: ChoiceCallback | None = None
+        self.on_logits: tuple[LogitsCallback, ...] = ()
         self.cohort = -1  # engines with equal numbers are counted together (`deferred`)
 
     def configure(
-        self, statistics: StatisticsTables | None, steering: LayerSteering | None, on_choice: ChoiceCallback | None
+        self,
+        statistics: StatisticsTables | None,
+        steering: LayerSteering | None,
+        on_choice: ChoiceCallback | None,
+        on_logits: tuple[LogitsCallback, ...],
     ) -> None:
-        """Set the tables to count into, the steering, and the callback for choices."""
-        self.statistics, self.steering, self.on_choice = statistics, steering, on_choice
+        """Set the tables to count into, the steering, and the callbacks for choices and logits."""
+        self.statistics, self.steering, self.on_choice, self.on_logits = statistics, steering, on_choice, on_logits
         for tables in (statistics, steering):
             if tables is not None:
                 ops.load_kernels(self.router.num_experts, tables.device)
-        self.adapter.idle = statistics is None and steering is None and on_choice is None
+        self.adapter.idle = statistics is None and steering is None and on_choice is None and not on_logits
         self.adapter.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
 
     @abstractmethod
@@ -103,6 +119,17 @@ class Engine(ABC):
             weights = weights.new_zeros(shape).index_copy(0, rows, weights)
         self.on_choice(self.layer, ids, weights)
 
+    def show(self, logits: Tensor) -> None:
+        """Pass on the router's own logits, with NaN for tokens that this router was not given."""
+        if not self.on_logits or self.adapter.patches:
+            return
+        rows = self.adapter.token_subset()
+        if rows is not None:
+            shape = (self.context.num_tokens, logits.shape[1])
+            logits = logits.new_full(shape, torch.nan).index_copy(0, rows.to(logits.device), logits)
+        for callback in self.on_logits:
+            callback(self.layer, logits)
+
     def route(
         self,
         logits: Tensor,
@@ -131,7 +158,9 @@ class Engine(ABC):
         if own is None:
             with torch.no_grad():
                 given = {"choice": ops.route(logits, k, self.spec, **model)[1]}
-        given |= {"tokens": table, "counter": self.counter(logits), "entries": self.entries(logits)}
+        given |= {"tokens": table, "counter": self.counter(logits)}
+        given |= {"entries": self._of_tokens(self.context.entries, logits)}
+        given |= {"told": self._of_tokens(self.context.told, logits)}
         given |= {"statistics": statistics}
         weights, ids, steered = route_tokens(steering, logits, k, self.spec, **model, **given)
         return Choice(weights, ids, *steered)
@@ -148,13 +177,12 @@ class Engine(ABC):
                 return torch.arange(len(logits), device=device)
         return counter if rows is None else counter[rows.to(device)]
 
-    def entries(self, logits: Tensor) -> Tensor | None:
-        """Row in each table of recorded choices per token of the router, [T, M], or None if the labels have none."""
-        entries, rows, device = self.context.entries, self.adapter.token_subset(), logits.device
-        if not entries:
+    def _of_tokens(self, labels: Tables, logits: Tensor) -> Tensor | None:
+        """The labels of each token of the router, [T, M], or None if the call has none."""
+        if not labels:
             return None
-        of_tokens = on_device(entries, device)
-        return of_tokens if rows is None else of_tokens[rows.to(device)]
+        of_tokens, rows = on_device(labels, logits.device), self.adapter.token_subset()
+        return of_tokens if rows is None else of_tokens[rows.to(logits.device)]
 
     def steering_on(self, device: torch.device) -> LayerSteering:
         """The steering on the router's device: moved there once, or in every call, with gradient, if it is trained."""
@@ -181,17 +209,21 @@ class HookEngine(Engine):
         self.defers = False
 
     def configure(
-        self, statistics: StatisticsTables | None, steering: LayerSteering | None, on_choice: ChoiceCallback | None
+        self,
+        statistics: StatisticsTables | None,
+        steering: LayerSteering | None,
+        on_choice: ChoiceCallback | None,
+        on_logits: tuple[LogitsCallback, ...],
     ) -> None:
-        """Set the tables to count into, the steering, and the callback for choices."""
-        super().configure(statistics, steering, on_choice)
-        only_counts = statistics is not None and steering is None and on_choice is None
+        """Set the tables to count into, the steering, and the callbacks for choices and logits."""
+        super().configure(statistics, steering, on_choice, on_logits)
+        only_counts = statistics is not None and steering is None and on_choice is None and not on_logits
         self.defers = only_counts and self.keeps_output is True
 
     def may_defer(self, keeps_output: bool) -> None:
         """Called once it is known whether the model leaves the router's output unchanged."""
         self.keeps_output = keeps_output
-        self.configure(self.statistics, self.steering, self.on_choice)
+        self.configure(self.statistics, self.steering, self.on_choice, self.on_logits)
 
     def changes(self) -> Sequence[Change]:
         """The hook, as the router's adapter installs it."""
@@ -214,9 +246,12 @@ class HookEngine(Engine):
             return None
         # without steering nothing is kept for the backward pass, so that a checkpointed layer that runs again is not
         # counted
-        with torch.set_grad_enabled(self.steering is not None and torch.is_grad_enabled()):
+        keeps = self.steering is not None or bool(self.on_logits)
+        with torch.set_grad_enabled(keeps and torch.is_grad_enabled()):
             decision = self.adapter.read(args, output)
         table = self.table(decision.logits)  # begins a call if none is running
+        if not again:
+            self.show(decision.logits)
         if self.steering is not None and context.steers:
             steering = self.steering_on(decision.logits.device)
             return self._reroute(args, output, decision, table, steering, counted=not again)
@@ -272,7 +307,15 @@ class HookEngine(Engine):
 
 
 class FusedEngine(Engine):
-    """Runs the router's forward as gate matrix and one `route` call."""
+    """Runs the router's forward as gate matrix and one `route` call.
+
+    `asks_model`: whether a call with a tied row is left to the model.
+    """
+
+    def __init__(self, router: RouterInfo, context: RunningCall) -> None:
+        super().__init__(router, context)
+        self.asks_model = False
+        self.own_forward = type(router.module).forward
 
     def changes(self) -> Sequence[Change]:
         """Replace the router's forward by the one of this engine."""
@@ -293,8 +336,33 @@ class FusedEngine(Engine):
         steers = self.steering is not None and context.steers and not context.idle
         steering = self.steering_on(logits.device) if steers else None
         statistics, args = None if again else self.statistics, (hidden, *arguments)
-        routed = self.route(logits, number(module, family.top_k), table, steering, args, statistics)
+        k = number(module, family.top_k)
+        own = self._own_choice(module, args, logits, k) if self.asks_model else None
+        if not again and not context.idle:
+            self.show(logits)
+        routed = self.route(logits, k, table, steering, args, statistics, own)
         if not again:
             self.tell(routed.ids, routed.weights)
         weights = routed.weights.to(weight_dtype(family.weights, hidden, logits))
         return logits, weights, self.adapter.filled(routed.ids).long()
+
+    def _own_choice(
+        self, module: nn.Module, args: tuple[Tensor, ...], logits: Tensor, k: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Weights and ids of the model's own forward if some row of the call is tied, else None. Waits for the device.
+
+        Raises `RuntimeError` under `torch.compile` and `CaptureRefusedError` while a CUDA graph is captured.
+        """
+        if is_compiling():
+            torch._dynamo.comptime.comptime(_refuse_compiling)  # an error here would end the graph, and be lost
+        if capturing(logits.device):
+            raise CaptureRefusedError(_WAITS.format("a CUDA graph"))
+        with torch.no_grad():
+            tied = undecided(logits, k, self.spec, self.family.bias_of(module, args), self.family.low_precision)
+        if not bool(tied):
+            return None
+        return self.adapter.read(args, self.own_forward(module, *args))[1:]
+
+
+def _refuse_compiling(_: object) -> NoReturn:
+    raise RuntimeError(_WAITS.format("a compiled graph"))

@@ -6,7 +6,17 @@ marker in all figures (:func:`styles`). Lines have their labels at their ends, o
 ``by_script``, ``expert_flow`` and ``heat_maps`` draw several panels and return their axes.
 """
 
-from moe_route.plots.by_layer import alignment, by_script, consistency, correlation, divergence, entropy, load_balance
+from moe_route.plots.by_layer import (
+    alignment,
+    by_script,
+    checkpoints,
+    compared,
+    consistency,
+    correlation,
+    divergence,
+    entropy,
+    load_balance,
+)
 from moe_route.plots.expert_flows import expert_flow
 from moe_route.plots.expert_maps import heat_map, heat_maps, pairs, weight_change
 from moe_route.plots.expert_numbers import expert_counts, sweep, sweep_overlap
@@ -18,6 +28,8 @@ __all__ = [
     "Lines",
     "alignment",
     "by_script",
+    "checkpoints",
+    "compared",
     "consistency",
     "correlation",
     "divergence",

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_route.analysis import Alignment, Consistency, Correlation, Divergence, Entropy, LoadBalance
+from moe_route.analysis import (
+    Alignment,
+    CheckpointSeries,
+    Comparison,
+    Consistency,
+    Correlation,
+    Divergence,
+    Entropy,
+    LoadBalance,
+)
 from moe_route.analysis.result import mean_of_seen
 from moe_route.data.languages import language
 from moe_route.plots import frame
@@ -34,6 +44,7 @@ _LOAD = {
 }
 _FLOOR: dict[str, Any] = {"color": "#777777", "linestyle": (0, (1, 1)), "linewidth": 1.2}
 _GREY = "#c4c4c4"
+_SHADED: dict[str, Any] = {"color": "#f0f0f0", "linewidth": 0}
 ByLayer = Alignment | Divergence | Entropy | Consistency | LoadBalance
 
 
@@ -58,6 +69,7 @@ def divergence(
         interval: level of a bootstrap band around each line (such as 0.95), for paired divergence; the title names it.
         middle: layers to shade, such as those that a plan steers.
         floor: also draw the mean over the groups drawn of ``expected_floor``: what unrelated sentences give.
+            Layers whose load is even (``Divergence.even_layers``) are hatched, since normalization exaggerates there.
         order: group -> number, such as the amount of text in the language; a legend then starts with the largest.
         look: ``groups``, ``labels``, ``styles``, ``levels``, ``depth`` and ``title`` (:class:`Lines`).
     """
@@ -181,6 +193,51 @@ def correlation(
     return ax
 
 
+def compared(comparison: Comparison, *, ax: Axes | None = None, floor: bool = True, **look: Unpack[Lines]) -> Axes:
+    """Draw the divergence of two recordings of the same texts by layer, a line per group with its 95 % band.
+
+    ``floor`` also draws what other texts of this number would give, the mean over the groups drawn. The other arguments
+    are those of ``divergence``.
+    """
+    ends = (comparison.low, comparison.high)
+    known = not np.isnan(ends[0]).all()
+    note = "bands: 95 % interval, bootstrap over items" if known else None
+    name = "divergence of the two recordings"
+    quantity = _Quantity(comparison.values, comparison.groups, name, ends if known else None, note, True)
+    names = _by_mean(quantity, look)
+    ax = frame.new_axes(ax, (6.4, 3.6), len(names) + floor)
+    _lines(ax, quantity, names, look)
+    if floor and known:
+        _mean_line(ax, "floor", comparison.floor, comparison.groups, names, look)
+    return _complete(ax, quantity, names, look)
+
+
+_SERIES = {
+    "jsd": "divergence between languages (nats)",
+    "jsd_without": "divergence between languages (nats)",
+    "specialization": "language specialization",
+    "moved": "divergence from the first checkpoint (nats)",
+}
+
+
+def checkpoints(
+    series: CheckpointSeries, *, of: str = "specialization", ax: Axes | None = None, title: str | None = None
+) -> Axes:
+    """Draw a quantity by layer, a line per checkpoint from dark to light [arXiv 2605.29714].
+
+    ``of`` is "specialization", "jsd", "jsd_without" (the reference) or "moved".
+    """
+    if of not in _SERIES or getattr(series, of) is None:
+        raise ValueError(f"of must be one of {', '.join(_SERIES)}, and jsd_without needs a reference; not {of!r}")
+    colors = frame.ordered_colors(len(series.checkpoints))
+    look: Lines = {"styles": dict(zip(series.checkpoints, colors, strict=True)), "title": title}
+    values = getattr(series, of)
+    quantity = _Quantity(values, series.checkpoints, _SERIES[of], from_zero=True)
+    ax = frame.new_axes(ax, (6.4, 3.6), len(series.checkpoints))
+    _lines(ax, quantity, series.checkpoints, look)
+    return _complete(ax, quantity, series.checkpoints, look, legend=True)
+
+
 def by_script(
     result: ByLayer,
     *,
@@ -242,6 +299,7 @@ class _Quantity(NamedTuple):
     from_zero: bool = False  # whether the axis of the values begins at 0
     reference: str | None = None  # a further group with a style of its own
     layers: str | None = None  # name of the axis of the layers, where they are not the MoE layers
+    hatched: tuple[int, ...] = ()  # layers where the values say little
 
     def of(self, group: str) -> np.ndarray:
         """The values of a group."""
@@ -253,7 +311,10 @@ def _divergence(away: Divergence, interval: float | None, labels: Mapping[str, s
     band = None if interval is None else away.interval(interval)
     note = None if interval is None else f"bands: {interval * 100:g} % interval, bootstrap over {away.pairs} items"
     name = f"{MEASURES[away.measure]} from {frame.label_of(away.reference, labels)}"
-    return _Quantity(away.values, away.groups, name, band, note, away.correct is None, away.reference)
+    even = away.even_layers if away.measure == "normalized_jsd" else ()
+    if even:
+        note = "\n".join(filter(None, (note, "hatched: the load is even, and normalization exaggerates")))
+    return _Quantity(away.values, away.groups, name, band, note, away.correct is None, away.reference, hatched=even)
 
 
 def _alignment(aligned: Alignment, interval: float | None, labels: Mapping[str, str] | None) -> _Quantity:
@@ -360,7 +421,10 @@ def _lines(ax: Axes, quantity: _Quantity, names: Sequence[str], look: Lines) -> 
     """A line per name, and a band around it."""
     every = quantity.groups if quantity.reference is None else (*quantity.groups, quantity.reference)
     chosen = frame.chosen_styles(every, look.get("styles"), look.get("levels"))
-    places = _places(quantity.values.shape[1], look.get("depth", False))
+    layers = quantity.values.shape[1]
+    places = _places(layers, look.get("depth", False))
+    hatches = {"facecolor": "none", "edgecolor": frame.GRID, "hatch": "////", "linewidth": 0}
+    _shade(ax, quantity.hatched, layers if look.get("depth") else None, hatches)
     for name, label in zip(names, frame.labels_of(names, look.get("labels")), strict=True):
         ax.plot(places, quantity.of(name), label=label, **chosen[name])
         if quantity.band is not None:
@@ -402,13 +466,15 @@ def _legend_of_levels(ax: Axes, levels: Mapping[str, str], names: Sequence[str])
         ax.add_artist(beside)
 
 
-def _shade(ax: Axes, layers: Sequence[int] | range, of: int | None) -> None:
+def _shade(
+    ax: Axes, layers: Sequence[int] | range, of: int | None, how: Mapping[str, Any] = MappingProxyType(_SHADED)
+) -> None:
     """Shade runs of adjacent layers as gray bands; ``of`` layers if these are shown by relative depth."""
     numbers, scale = sorted(set(layers)), 1 if of is None else max(of - 1, 1)
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     for start, end in zip(starts, ends, strict=True):
-        ax.axvspan((start - 0.5) / scale, (end + 0.5) / scale, color="#f0f0f0", linewidth=0, zorder=0)
+        ax.axvspan((start - 0.5) / scale, (end + 0.5) / scale, zorder=0, **how)
 
 
 def _by_mean(quantity: _Quantity, look: Lines) -> list[str]:

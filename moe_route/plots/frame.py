@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import numpy as np
 
 from moe_route.base import files
+from moe_route.base.table import printable
 from moe_route.data.languages import codes, flores_code, language_name
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ def _places() -> dict[str, tuple[int, int, int]]:
 GRID = "#d9d9d9"
 INK = "#333333"
 _MISSING = "plots need matplotlib: pip install 'moe-route[plot]'"
+_LONGEST_LABEL = 80  # characters
 _COLUMN: ContextVar[float | None] = ContextVar("column", default=None)
 # Text stays text in vector files, so that it can be searched, copied and edited.
 _AS_TEXT: Any = {"svg.fonttype": "none", "pdf.fonttype": 42, "ps.fonttype": 42}
@@ -454,8 +456,14 @@ def legend_beside(ax: Axes) -> None:
 
 
 def label_of(group: str, labels: Mapping[str, str] | None) -> str:
-    """The label of a group: the one that was given, else the English name of the language, else the group's name."""
-    return (labels or {}).get(group) or language_name(group)
+    """The label of a group: the one that was given, else the English name of the language, else the group's name.
+
+    It is text that matplotlib draws as it is, and SVG can hold.
+    """
+    label = printable((labels or {}).get(group) or language_name(group)).replace("\n", " ")
+    label = label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 3]}..."
+    # not a formula of matplotlib; and a label that begins with an underscore would be left out of legends
+    return label.replace("$", r"\$") if not label.startswith("_") else f" {label}".replace("$", r"\$")
 
 
 def labels_of(groups: Sequence[str], labels: Mapping[str, str] | None) -> list[str]:

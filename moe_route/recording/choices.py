@@ -36,6 +36,7 @@ class ObservedCall:
     drafted: int  # number of trailing columns of which it is not known yet whether they are text
     ids: dict[int, Tensor] = field(default_factory=dict)  # layer -> int8 or int16 [T, k]; -1: an empty slot
     weights: dict[int, Tensor] = field(default_factory=dict)  # layer -> float [T, k]; empty unless an observer asked
+    logits: dict[int, Tensor] = field(default_factory=dict)  # layer -> float [T, E], of the router itself; likewise
     _rows: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
 
     @property
@@ -82,6 +83,7 @@ class ChoiceObserver:
 
     option = ""  # the argument of `record` that asks for it, for messages
     weights_dtype: torch.dtype | None = None  # least precision of the weights that it reads; None: it reads none
+    logits_dtype: torch.dtype | None = None  # the same of the router's own logits
 
     def needs(self, layer: int) -> bool:
         """Whether the choices of this layer are needed."""
@@ -114,8 +116,8 @@ class ChoiceCollector:
         self.observers = tuple(observers)
         widest = max((router.num_experts for router in routers), default=0)
         self._ids_dtype = torch.int8 if widest <= 128 else torch.int16
-        dtypes = [observer.weights_dtype for observer in observers if observer.weights_dtype is not None]
-        self._weights_dtype = reduce(torch.promote_types, dtypes) if dtypes else None
+        self._weights_dtype = _widest([observer.weights_dtype for observer in observers])
+        self.logits_dtype = _widest([observer.logits_dtype for observer in observers])
         self._current: ObservedCall | None = None
         self._undecided: ObservedCall | None = None  # completed, with drafts of which nothing is known yet
 
@@ -149,6 +151,13 @@ class ChoiceCollector:
         observed.ids[layer] = ids.detach().to(self._ids_dtype, copy=True)
         if self._weights_dtype is not None:
             observed.weights[layer] = weights.detach().to(self._weights_dtype, copy=True)
+
+    def add_logits(self, layer: int, logits: Tensor) -> None:
+        """Add the router's own logits ``[T, E]`` of one layer, without waiting for the device."""
+        observed = self._current
+        if observed is None or not any(o.logits_dtype and o.needs(layer) for o in self.observers):
+            return
+        observed.logits[layer] = logits.detach().to(self.logits_dtype, copy=True)
 
     def drop_call(self) -> None:
         """Drop the running call, which failed, if there is one."""
@@ -192,3 +201,9 @@ class ChoiceCollector:
         """End the running sequences; ``values`` are None if they broke off."""
         for observer in self.observers:
             observer.end_sequences(sequences, values)
+
+
+def _widest(dtypes: Sequence[torch.dtype | None]) -> torch.dtype | None:
+    """The least precise dtype that serves all; None if there is none."""
+    given = [dtype for dtype in dtypes if dtype is not None]
+    return reduce(torch.promote_types, given) if given else None

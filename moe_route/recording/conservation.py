@@ -106,6 +106,13 @@ def broken_law(statistics: TokenSums, arrays: Mapping[str, np.ndarray]) -> str |
     return broken
 
 
+def missing(metadata: Mapping[str, Any]) -> str | None:
+    """What an engine that serves requests says is missing in its statistics, or None; docs/serving.md."""
+    for layer, law in metadata.get("unbalanced", {}).items():
+        return f"layer {layer} counted {law['counted']} of the {law['expected']} tokens that ran ({law['kernel']})"
+    return next(iter(metadata.get("gaps", ())), None)
+
+
 def _negative(arrays: Mapping[str, np.ndarray]) -> str | None:
     """Find a negative sum, which an overflow causes.
 

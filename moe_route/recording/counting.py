@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_route.base.devices import capturing, refuse_capture
+from moe_route.base.identity import UNKNOWN
 from moe_route.base.table import number_of
 from moe_route.calls.call import PHASES, Call, Phase
 from moe_route.calls.token_table import CallListener, Labels, as_table, in_phases
@@ -56,6 +57,10 @@ class RecordedModel(Protocol):
 
     def flush(self) -> None: ...
 
+    def watch_logits(self, callback: Callable[[int, Tensor], None]) -> None: ...
+
+    def unwatch_logits(self, callback: Callable[[int, Tensor], None]) -> None: ...
+
     def watch(self, *, outputs: ExpertOutputs | None = None, inputs: HiddenStates | None = None) -> None: ...
 
 
@@ -78,6 +83,8 @@ class RecordOptions(TypedDict, total=False):
         sequences: keep the averages of every sequence (q_i and a_i) by (item, group): True (in memory, beyond
             ``memory_bytes`` in a temporary folder), or the path of a folder.
         trace: keep the experts and weights of every token: True, or layers as indices from 0.
+        logits: keep the router's own logits of every token in the trace, as float16 (True or "float16") or "float32":
+            as many numbers per token and layer as there are experts. The log says how large that may become.
         metrics: names from ``ops.METRICS``.
         entropy: whether to sum the entropy of the router's distribution.
         consistency: average the Jaccard index of the experts of two tokens over each sequence: True for all pairs of
@@ -99,6 +106,7 @@ class RecordOptions(TypedDict, total=False):
 
     sequences: bool | str | os.PathLike[str]
     trace: bool | Iterable[int]
+    logits: bool | Literal["float16", "float32"]
     metrics: Sequence[str]
     entropy: bool
     consistency: bool | int
@@ -116,6 +124,7 @@ class RecordOptions(TypedDict, total=False):
 RECORD_DEFAULTS = RecordOptions(
     sequences=False,
     trace=False,
+    logits=False,
     metrics=DEFAULT_METRICS,
     entropy=True,
     consistency=False,
@@ -166,8 +175,16 @@ class Counting(CallListener):
         self._pool = SequencePool(len(self.groups), len(model.routers), widest, self._tables.metrics, entropy=entropy)
         self._store = self._new_store(options["sequences"], options["memory_bytes"])
         layers = trace if isinstance(trace, bool) else tuple(trace)
+        if options["logits"] and not trace:
+            raise ValueError("logits are kept with the tokens of a trace: record(trace=True, logits=True)")
         self._trace = (
-            TraceWriter(model.routers, layers, limit=options["trace_limit"], weights=options["trace_weights"])
+            TraceWriter(
+                model.routers,
+                layers,
+                limit=options["trace_limit"],
+                weights=options["trace_weights"],
+                logits=options["logits"],
+            )
             if trace
             else None
         )
@@ -176,6 +193,8 @@ class Counting(CallListener):
         self._accumulators = self._new_accumulators(options["consistency"], options["pairs"])
         observers = [*self._accumulators, *([] if self._trace is None else [self._trace])]
         self._choices = ChoiceCollector(model.routers, observers) if observers else None
+        keeps_logits = self._choices is not None and self._choices.logits_dtype is not None
+        self._add_logits = untraced(self._choices.add_logits) if self._choices is not None and keeps_logits else None
         self._metadata = dict(metadata or {})
         self._special = None if options["special_tokens"] is True else SpecialTokens(options["special_tokens"])
         self._masked = {"padding"} | {f"{phase} tokens" for phase in PHASES if phase not in self._phases}
@@ -218,6 +237,11 @@ class Counting(CallListener):
     def layers(self) -> int:
         """Number of routers."""
         return len(self._model.routers)
+
+    @property
+    def keeps_sequences(self) -> bool:
+        """Whether sequences are kept one by one."""
+        return self._store is not None
 
     @property
     def paused(self) -> bool:
@@ -284,6 +308,14 @@ class Counting(CallListener):
     def add_metadata(self, entries: Mapping[str, Any]) -> None:
         """Add entries to the metadata of the statistics."""
         self._metadata = merge_metadata(self._metadata, entries)
+
+    def note_checkpoint(self, hashes: Mapping[str, str]) -> None:
+        """Keep the hashes of the model's weights as they are now; those that change during a recording are unknown."""
+        model = dict(self._metadata.get("model") or {})
+        for name, value in hashes.items():
+            if model.setdefault(name, value) not in (value, UNKNOWN):
+                model |= {name: UNKNOWN, "weights_changed": True}
+        self._metadata["model"] = model
 
     def statistics(self) -> RoutingStatistics:
         """See ``Recorder.statistics``."""
@@ -457,12 +489,17 @@ class Counting(CallListener):
         self._tables.follow()
         self._model.set_statistics(self._tables.layers, lag=LAG)
         self._model.on_choice = None if self._choices is None else untraced(self._choices.add)
+        if self._add_logits is not None:
+            self._model.unwatch_logits(self._add_logits)
+            self._model.watch_logits(self._add_logits)
         if self._watches:
             self._model.watch(outputs=self._outputs, inputs=self._hidden)
 
     def _disconnect(self) -> None:
         self._model.set_statistics(None)
         self._model.on_choice = None
+        if self._add_logits is not None:
+            self._model.unwatch_logits(self._add_logits)
         if self._watches:
             self._model.watch()
 

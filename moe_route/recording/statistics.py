@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from moe_route.base import files, hub
-from moe_route.base.table import data_frame
+from moe_route.base.identity import same_weights
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
 from moe_route.recording.arrays import ACCUMULATED, SIZE_UNIT, broken_array, checked_array, selected_array
-from moe_route.recording.conservation import Conservation, broken_law, conservation
+from moe_route.recording.conservation import Conservation, broken_law, conservation, missing
 from moe_route.recording.metadata import config_hash_of, merge_metadata
 from moe_route.recording.store import SequenceStore
 
 if TYPE_CHECKING:
     import pandas as pd
-from moe_route.base.table import WIDTH, Table, number_of, wrapped
+from moe_route.base.table import WIDTH, Table, data_frame, number_of, printable, wrapped
 
 Kind = Literal["full", "topk", "count"]
 By = Literal["sequence", "token"]
@@ -373,13 +373,19 @@ class RoutingStatistics:
             accumulated={name: array for name, array in chosen.items() if array is not None},
         )
 
-    def merge(self, other: RoutingStatistics) -> RoutingStatistics:
+    def merge(self, other: RoutingStatistics, *, any_model: bool = False) -> RoutingStatistics:
         """Merge two runs exactly: integers are added and groups are united. The same as ``self + other``.
+
+        ``any_model`` merges recordings of two models with the same layers, such as two checkpoints of one
+        configuration. Where the weights of a run are unknown (see ``identity.checkpoint_of``), configuration and
+        routers decide.
 
         Raises ``MergeError`` if model, layers or metrics differ, and ``RecordingError`` if a sum would overflow.
         """
         if "natural_counts" in {*self.metrics} ^ {*other.metrics}:
-            return self._with_natural_counts().merge(other._with_natural_counts())
+            return self._with_natural_counts().merge(other._with_natural_counts(), any_model=any_model)
+        if not any_model:
+            self._refuse_other_model(other)
         self._refuse_to_merge(other)
         groups = self.groups + tuple(group for group in other.groups if group not in self.groups)
         mine, theirs = self._spread(groups), other._spread(groups)
@@ -427,7 +433,7 @@ class RoutingStatistics:
             metrics={name: joined(f"metric.{name}") for name in first.metrics},
             sequence_scalars=joined("sequence_scalars"),
             sequence_sums={kind: joined(f"sequence.{kind}") for kind in first._sequence_sums},
-            metadata={**first.metadata, **_all_versions(parts)},
+            metadata={**first.metadata, **_of_all(parts)},
             tolerance=max(part.tolerance for part in parts),
             store=SequenceStore.join_layers(stores) if stores else None,
         )
@@ -494,8 +500,10 @@ class RoutingStatistics:
             self.store.read_from(saved)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, sequences: bool = True) -> RoutingStatistics:
+    def load(cls, path: str | os.PathLike[str], *, sequences: bool = True, partial: bool = False) -> RoutingStatistics:
         """Read a file that ``save`` wrote. Sequences are read when they are used; ``sequences=False`` omits them.
+
+        ``partial``: also read what a server wrote that knows of a gap in it, see ``verify``.
 
         Raises ``files.FileRefusedError`` for a missing, truncated, altered or foreign file, and ``RecordingError`` for
         sums that break a conservation law.
@@ -521,7 +529,7 @@ class RoutingStatistics:
                     name: tensors[_ACCUMULATED + name] for name in ACCUMULATED if _ACCUMULATED + name in tensors
                 },
             )
-        statistics.verify()
+        statistics.verify(partial=partial)
         return statistics
 
     def push_to_hub(self, repo_id: str, filename: str = "statistics.safetensors", **options: Any) -> str:
@@ -586,15 +594,17 @@ class RoutingStatistics:
         """
         return conservation(self, phase)
 
-    def verify(self) -> None:
+    def verify(self, *, partial: bool = False) -> None:
         """Check the conservation laws; raises ``RecordingError`` naming the first (group, layer) that breaks one.
 
         Counts + empty slots = slots. No sum is negative (an overflow). Probabilities add up to the number of scored
         tokens within rounding. Weight shares add up to at most one per token. ``tolerance`` is an accepted relative
-        gap, set by ``from_token_sums``.
+        gap, set by ``from_token_sums``. ``partial``: accept what ``metadata`` says is missing.
         """
         broken = broken_law(self, self._tables()) or broken_array(self.accumulated)
         if broken is None:
+            if not partial and (gap := missing(self.metadata)):
+                raise RecordingError(f"{gap}: partial=True reads what was counted all the same")
             return
         if self.metadata.get("source") == IMPORTED:
             raise RecordingError(
@@ -616,7 +626,7 @@ class RoutingStatistics:
         if len(groups) > WIDTH:
             groups = "\n    ".join(["  groups:", *shown, *([f"and {more} more"] if more > 0 else [])])
         title, *facts = self._facts()
-        return "\n".join([title, groups, *(wrapped(fact, "  ") for fact in facts)])
+        return printable("\n".join([title, groups, *(wrapped(fact, "  ") for fact in facts)]))
 
     def _repr_html_(self) -> str:
         title, *facts = self._facts()
@@ -626,7 +636,8 @@ class RoutingStatistics:
     @property
     def _complete(self) -> bool:
         """Whether all tokens belong to finished sequences, so that their ratio is the mean length of a sequence."""
-        return not any(self.metadata.get(key) for key in ("running_sequences", "abandoned_sequences"))
+        unfinished = ("running_sequences", "abandoned_sequences", "aborted_requests")
+        return not any(self.metadata.get(key) for key in unfinished)
 
     def _sizes(self) -> list[tuple[str, int, int]]:
         """Each group's name, number of sequences, and number of tokens in the layer that counted most."""
@@ -650,6 +661,10 @@ class RoutingStatistics:
         model = self.metadata.get("model") or {}
         if model.get("name") or model.get("class"):
             lines.append(f"model: {model.get('name') or model.get('class')}")
+        if model.get("weights_changed"):
+            lines.append("checkpoint: the weights changed during the recording")
+        elif model.get("config_hash") and not model.get("weights_hash"):
+            lines.append("checkpoint: not known (recorded without the hash of the weights)")
         if self.metadata.get("plans"):
             lines.append(f"steered by: {', '.join(self.metadata['plans'])}")
         if self.metadata.get("cut_texts"):
@@ -711,14 +726,24 @@ class RoutingStatistics:
             raise ValueError(f"no layer {layer}: these statistics hold layers 0 to {len(self.layers) - 1}")
         return int(layer) % len(self.layers)
 
-    def _refuse_to_merge(self, other: RoutingStatistics) -> None:
-        """Raise ``MergeError`` unless the two runs have one model, the same layers and the same sums."""
+    def _refuse_other_model(self, other: RoutingStatistics) -> None:
+        """Raise ``MergeError`` if the two runs are of two models, as far as their metadata tell."""
         ours, theirs = config_hash_of(self.metadata), config_hash_of(other.metadata)
         if ours and theirs and ours != theirs:
             raise MergeError(
                 f"these are statistics of two models (configuration {ours[:12]} and {theirs[:12]}): merge runs of the "
                 "same model only"
             )
+        for name in ("router_hash", "weights_hash"):
+            mine, its = ((run.metadata.get("model") or {}).get(name) for run in (self, other))
+            if same_weights(mine, its) is False:
+                raise MergeError(
+                    f"these are statistics of two checkpoints of one configuration (their {name.replace('_', ' ')} "
+                    "differs): keep them apart, or add them by merge(other, any_model=True)"
+                )
+
+    def _refuse_to_merge(self, other: RoutingStatistics) -> None:
+        """Raise ``MergeError`` unless the two runs have the same layers and the same sums."""
         for name, what in (("layers", "layers"), ("num_experts", "numbers of experts"), ("top_k", "top-k")):
             if getattr(self, name) != getattr(other, name):
                 raise MergeError(
@@ -765,7 +790,7 @@ def _check_same_run(a: RoutingStatistics, b: RoutingStatistics) -> None:
     if a.accumulated or b.accumulated:
         option = ACCUMULATED[next(iter({**a.accumulated, **b.accumulated}))].option
         raise MergeError(f"arrays of record({option}) are not joined: record without it, or all layers together")
-    for key in sorted({*a.metadata, *b.metadata} - {"versions", "backends"}):
+    for key in sorted({*a.metadata, *b.metadata} - {"versions", "backends", "unbalanced", "gaps"}):
         if a.metadata.get(key) != b.metadata.get(key):
             raise MergeError(f"the parts are of two runs (their {key} differs): join layers of the same run")
 
@@ -777,10 +802,10 @@ def _without_repeats(layers: list[str]) -> list[str]:
     return layers
 
 
-def _all_versions(parts: Sequence[RoutingStatistics]) -> dict[str, Any]:
-    """The versions on all machines, as an entry of the metadata."""
-    entries = [{"versions": part.metadata["versions"]} for part in parts if "versions" in part.metadata]
-    return reduce(merge_metadata, entries, {})
+def _of_all(parts: Sequence[RoutingStatistics]) -> dict[str, Any]:
+    """Entries of the metadata that differ between the machines of one run."""
+    names = ("versions", "unbalanced", "gaps")
+    return reduce(merge_metadata, ({n: part.metadata[n] for n in names if n in part.metadata} for part in parts), {})
 
 
 def _asked_for(array: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_route.base.devices import finish
 from moe_route.calls.call import PHASES
+from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import METRICS, SCALARS, StatisticsTables
 from moe_route.recording.statistics import RecordingError
 
@@ -29,6 +30,8 @@ class RecordedRouter(Protocol):
     top_k: int
     role: str
 
+    @property
+    def spec(self) -> RouterSpec: ...
     @property
     def device(self) -> torch.device: ...
 
@@ -48,6 +51,13 @@ class TableSums:
     def scalar(self, name: str) -> np.ndarray:
         """One scalar, int64 ``[2, n, L]``."""
         return self.scalars[..., SCALARS.index(name)]
+
+    def at(self, rows: Sequence[int]) -> TableSums:
+        """The sums of these rows."""
+        chosen = TableSums(0, 0, 0, ())
+        chosen.scalars = self.scalars[:, rows]
+        chosen.metrics = {name: table[:, rows] for name, table in self.metrics.items()}
+        return chosen
 
 
 class TableSet:

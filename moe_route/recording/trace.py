@@ -15,9 +15,11 @@ from torch import Tensor
 from moe_route.base import files
 from moe_route.base.table import data_frame
 from moe_route.calls.call import PHASES
+from moe_route.contract.spec import SCORES
 from moe_route.recording.choices import ChoiceObserver, ObservedCall
 from moe_route.recording.sequences import RunningSequences
 from moe_route.recording.store import Item
+from moe_route.reference import probabilities
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _FILE_KIND = "trace"
 _FLUSH_TOKENS = 1 << 14  # number of tokens that may wait on the device
+_FLUSH_BYTES = 64 << 20  # of their logits
 logger = logging.getLogger(__name__)
 
 
@@ -45,6 +48,25 @@ class Trace:
     weights: np.ndarray  # float16 or float32 [N, L, k]
     truncated: bool = False  # whether tokens are missing because the limit was reached
     backends: tuple[str, ...] = ()  # what computed the routing: "kernels", "torch"; () if it is not known
+    # float16 or float32 [N, L, E], the router's own logits, unsteered; NaN where a layer has fewer experts or did not
+    # see the token. None if the trace keeps none
+    logits: np.ndarray | None = None
+    scores: tuple[str, ...] = ()  # how each layer turns logits into scores (`RouterSpec.score`), with logits only
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """float32 [N, L, E]: the router's scores of all experts divided by their sum, before any steering.
+
+        Of a softmax router this is the softmax. NaN where ``logits`` are NaN, and for a token whose scores have no
+        finite positive sum. Raises ``ValueError`` if the trace has no logits.
+        """
+        if self.logits is None:
+            raise ValueError("this trace has no logits: record(trace=True, logits=True)")
+        layers = [
+            probabilities(torch.from_numpy(self.logits[:, place].astype(np.float32)), score).numpy()
+            for place, score in enumerate(self.scores)
+        ]
+        return np.stack(layers, 1)
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -52,7 +74,10 @@ class Trace:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one file (`moe_route.base.files`, kind "trace")."""
         header = {name: getattr(self, name) for name in _HEADER}
-        files.write(path, {name: getattr(self, name) for name in _COLUMNS}, header, _FILE_KIND)
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        if self.logits is not None:
+            header["scores"], columns["logits"] = self.scores, self.logits
+        files.write(path, columns, header, _FILE_KIND)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
@@ -62,21 +87,45 @@ class Trace:
         """
         columns, header = files.read(path, _FILE_KIND)
         with files.expected_content(path):
-            return cls(
+            scores = tuple(header.get("scores", ()))
+            if not set(scores) <= set(SCORES) or len(scores) != len(header["layers"]) * ("logits" in columns):
+                raise ValueError(f"it has logits of {len(scores)} layers with the scores {', '.join(map(str, scores))}")
+            trace = cls(
                 layers=tuple(header["layers"]),
                 layer_numbers=tuple(header["layer_numbers"]),
                 groups=tuple(header["groups"]),
                 items=tuple(header["items"]),
                 truncated=header["truncated"],
                 backends=tuple(header.get("backends", ())),
+                logits=columns.get("logits"),
+                scores=scores,
                 **{name: columns[name] for name in _COLUMNS},
             )
+            trace._check_axes()
+            return trace
+
+    def _check_axes(self) -> None:
+        """Raise ``ValueError`` for columns of other axes than [N] and [N, L, k], or that count beyond their names."""
+        shape = self.ids.shape
+        names: dict[str, Sequence[Any]] = {"sequence": self.items, "group": self.groups, "phase": PHASES}
+        if len(shape) != 3 or shape[1] != len(self.layers) or len(self.layer_numbers) != len(self.layers):
+            raise ValueError(f"ids are {list(shape)}, with {len(self.layers)} layers")
+        for name in _COLUMNS:
+            column: np.ndarray = getattr(self, name)
+            floating = name == "weights"
+            if column.shape != (shape if floating or name == "ids" else shape[:1]) or column.dtype.kind not in (
+                "f" if floating else "iu"
+            ):
+                raise ValueError(f"{name} is {column.dtype} {list(column.shape)}, with ids {list(shape)}")
+            if name in names and column.size and not 0 <= int(column.min()) <= int(column.max()) < len(names[name]):
+                raise ValueError(f"{name} counts beyond its {len(names[name])} names")
 
     @classmethod
     def join_layers(cls, parts: Sequence[Trace]) -> Trace:
         """Join traces of the same tokens in different layers, such as stages of pipeline parallelism.
 
-        Layers come in the order of the parts. Where one has fewer slots, the added ones are empty.
+        Layers come in the order of the parts. Where one has fewer slots, the added ones are empty. Logits are kept if
+        every part has them.
 
         Raises ``ValueError`` if the tokens of two parts differ, or a layer is in two of them.
         """
@@ -89,11 +138,17 @@ class Trace:
         if len(set(numbers)) != len(numbers):
             raise ValueError("a layer is in two of the parts: join parts with different layers")
         slots = max(part.ids.shape[2] for part in parts)
-        room = [((0, 0), (0, 0), (0, slots - part.ids.shape[2])) for part in parts]
-        ids = [np.pad(part.ids, wide, constant_values=-1) for part, wide in zip(parts, room, strict=True)]
-        weights = [np.pad(part.weights, wide) for part, wide in zip(parts, room, strict=True)]
+        ids = [_wide(part.ids, slots, -1) for part in parts]
+        weights = [_wide(part.weights, slots, 0) for part in parts]
+        logits = None
+        if all(part.logits is not None for part in parts):
+            of_parts = [part.logits for part in parts if part.logits is not None]
+            widest = max(values.shape[2] for values in of_parts)
+            logits = np.concatenate([_wide(values, widest, np.nan) for values in of_parts], axis=1)
         return replace(
             first,
+            logits=logits,
+            scores=() if logits is None else tuple(score for part in parts for score in part.scores),
             layers=tuple(name for part in parts for name in part.layers),
             layer_numbers=numbers,
             ids=np.concatenate(ids, axis=1),
@@ -153,7 +208,13 @@ class TraceWriter(ChoiceObserver):
     option = "trace"
 
     def __init__(
-        self, routers: Sequence[Any], layers: Iterable[int] | bool, *, limit: int, weights: str = "float16"
+        self,
+        routers: Sequence[Any],
+        layers: Iterable[int] | bool,
+        *,
+        limit: int,
+        weights: str = "float16",
+        logits: bool | str = False,
     ) -> None:
         """Prepare a trace.
 
@@ -161,7 +222,11 @@ class TraceWriter(ChoiceObserver):
             layers: indices among the MoE layers, or True for all.
             limit: largest number of tokens to keep.
             weights: "float16" or "float32".
+            logits: whether to keep logits, and as what: True is "float16".
         """
+        kept = {True: "float16", False: None}.get(logits, logits) if isinstance(logits, bool) else logits
+        if kept not in (None, "float16", "float32"):
+            raise ValueError(f'logits of a trace are kept as "float16" or "float32", not {logits!r}')
         if weights not in ("float16", "float32"):
             raise ValueError(f'trace weights are "float16" or "float32", not {weights!r}')
         chosen = range(len(routers)) if layers is True else sorted(set(layers)) if layers else []
@@ -178,6 +243,21 @@ class TraceWriter(ChoiceObserver):
             torch.int8 if max((routers[layer].num_experts for layer in chosen), default=0) <= 128 else torch.int16
         )
         self._weights_dtype = self.weights_dtype = torch.float16 if weights == "float16" else torch.float32
+        self.logits_dtype: torch.dtype | None = None if kept is None else getattr(torch, kept)
+        self._widths = [routers[layer].num_experts for layer in chosen] if kept else []
+        self._scores = tuple(routers[layer].spec.score for layer in chosen) if kept else ()
+        self._most_waiting = _FLUSH_TOKENS
+        if self.logits_dtype is not None and chosen:
+            size = len(chosen) * max(self._widths) * self.logits_dtype.itemsize
+            self._most_waiting = min(_FLUSH_TOKENS, max(1, _FLUSH_BYTES // size))
+            logger.warning(
+                "the trace keeps %d logits per token, %s: %s per million tokens, at most %s (trace_limit=%d)",
+                sum(self._widths),
+                f"{size:,} bytes",
+                _readable(size * 10**6),
+                _readable(size * limit),
+                limit,
+            )
         self._current: _TracedCall | None = None
         self._waiting: list[_TracedCall] = []
         self._chunks: list[dict[str, np.ndarray]] = []
@@ -220,7 +300,7 @@ class TraceWriter(ChoiceObserver):
         if call is None or not any(self.needs(layer) for layer in observed.ids):
             return
         self._waiting.append(call)
-        if sum(call.size for call in self._waiting) >= _FLUSH_TOKENS:
+        if sum(call.size for call in self._waiting) >= self._most_waiting:
             self.flush()
 
     def flush(self) -> None:
@@ -254,8 +334,10 @@ class TraceWriter(ChoiceObserver):
         phase = np.broadcast_to(np.where(np.arange(observed.length) < observed.call.prompt, 0, running), shape)
         token = np.full(shape, -1) if call.tokens is None else call.tokens.cpu().numpy()
         ids, weights = self._choices(observed, kept)
+        logits = {} if self.logits_dtype is None else {"logits": self._logits(observed, kept)}
         self._chunks.append(
-            {
+            logits
+            | {
                 "sequence": sequence.reshape(-1)[kept].astype(np.int32),
                 "group": group[kept].astype(np.int32),
                 "position": position.reshape(-1)[kept].astype(np.int32),
@@ -281,20 +363,25 @@ class TraceWriter(ChoiceObserver):
                 target[:, places, :width] = choices.astype(target.dtype)
         return ids, weights
 
+    def _logits(self, call: ObservedCall, kept: np.ndarray) -> np.ndarray:
+        """float [n, L, E] of the kept tokens."""
+        values = self._no_logits(int(kept.sum()))
+        for place, (layer, width) in enumerate(zip(self.layers, self._widths, strict=True)):
+            if layer in call.logits:
+                values[:, place, :width] = call.logits[layer].cpu().numpy()[kept]
+        return values
+
+    def _no_logits(self, tokens: int) -> np.ndarray:
+        size = (tokens, len(self.layers), max(self._widths, default=0))
+        return torch.full(size, torch.nan, dtype=self.logits_dtype).numpy()
+
     def _empty(self, tokens: int, dtype: torch.dtype, value: int) -> np.ndarray:
         return torch.full((tokens, len(self.layers), self.slots), value, dtype=dtype).numpy()
 
     def _widened(self, chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A chunk widened to the largest number of slots; added slots are empty."""
-        missing = self.slots - chunk["ids"].shape[2]
-        if not missing:
-            return chunk
-        room = ((0, 0), (0, 0), (0, missing))
-        return {
-            **chunk,
-            "ids": np.pad(chunk["ids"], room, constant_values=-1),
-            "weights": np.pad(chunk["weights"], room),
-        }
+        wider = {"ids": _wide(chunk["ids"], self.slots, -1), "weights": _wide(chunk["weights"], self.slots, 0)}
+        return chunk | wider
 
     def _stop(self) -> None:
         self.truncated = True
@@ -314,8 +401,10 @@ class TraceWriter(ChoiceObserver):
             "ids": self._empty(0, self._ids_dtype, -1),
             "weights": self._empty(0, self._weights_dtype, 0),
         }
+        if self.logits_dtype is not None:
+            empty["logits"] = self._no_logits(0)
         chunks = [empty, *(self._widened(chunk) for chunk in self._chunks)]
-        columns: dict[str, Any] = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in _COLUMNS}
+        columns: dict[str, Any] = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in empty}
         return Trace(
             layers=self.names,
             layer_numbers=self.layers,
@@ -323,4 +412,16 @@ class TraceWriter(ChoiceObserver):
             items=tuple(self._items),
             **columns,
             truncated=self.truncated,
+            scores=self._scores,
         )
+
+
+def _wide(values: np.ndarray, width: int, fill: float) -> np.ndarray:
+    """``values`` [N, L, n] with ``fill`` in as many further entries as make n the width."""
+    missing = width - values.shape[2]
+    return values if not missing else np.pad(values, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
+
+
+def _readable(size: int) -> str:
+    """A number of bytes in MB or GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"

@@ -9,7 +9,7 @@ that change a choice after their router.
 
 from moe_route.reference.dispatch import combine, dispatch, permute
 from moe_route.reference.experts import expert_activation, expert_rows
-from moe_route.reference.gate import observe, observe_steered, route, route_weights
+from moe_route.reference.gate import observe, observe_steered, probabilities, route, route_weights
 
 __all__ = [
     "combine",
@@ -19,6 +19,7 @@ __all__ = [
     "observe",
     "observe_steered",
     "permute",
+    "probabilities",
     "route",
     "route_weights",
 ]

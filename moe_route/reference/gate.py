@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.reference.dispatch import in_range
-from moe_route.reference.statistics import Choice, count, count_choice, needs_scores
+from moe_route.reference.statistics import Choice, count, count_choice, needs_scores, normalized
 from moe_route.reference.steering import INF, SteeredRows, read_steering, read_tokens, steer
 
 
@@ -394,6 +394,21 @@ def observe_steered(
     known, natural = (in_range(choice.to(torch.int64), logits.shape[1]) for choice in (ids, natural_ids))
     choice = Choice(known, weights.to(raw), _slots(known, row), natural)
     count(choice, scores, row.steered, token, statistics)
+
+
+def probabilities(logits: Tensor, score: str) -> Tensor:
+    """Scores of all experts divided by their sum, [T, E], as the metric "probability" adds them up.
+
+    Args:
+        logits: router logits [T, E]; an expert whose logit is NaN gets NaN.
+        score: `RouterSpec.score` of the router.
+
+    A token whose scores have no finite positive sum (gate.h, "Unscored") gets NaN.
+    """
+    z = _compute(logits)
+    scores = _score(z, score, torch.ones_like(z, dtype=torch.bool))
+    p, scored = normalized(scores)
+    return torch.where(scored & ~torch.isnan(z), p, torch.nan)
 
 
 def route_weights(

@@ -51,9 +51,7 @@ def _terms(
     if "weight" in wanted:
         metrics["weight"] = ids, fixed(weights)
     if scores is not None:
-        total = scores.sum(1, keepdim=True)
-        scored = (total >= torch.finfo(torch.float32).tiny) & torch.isfinite(total) & (scores >= 0).all(1, keepdim=True)
-        p = torch.where(scored, scores / torch.where(scored, total, 1.0), 0.0)
+        p, scored = normalized(scores)
         metrics["probability"] = torch.arange(scores.shape[1], device=ids.device).expand_as(p), fixed(p)
         scalars["unscored"] = (~scored).to(torch.int64)
         if statistics.entropy:
@@ -65,6 +63,13 @@ def _terms(
         scalars["flipped"] = moved.sum(1, keepdim=True)
         scalars["moved"] = fixed(torch.where(moved, share, 0.0).sum(1, keepdim=True))
     return scalars, {name: metrics[name] for name in wanted if name in metrics}
+
+
+def normalized(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [T, E] divided by their sum, 0 for unscored tokens (gate.h); and bool [T, 1], the scored ones."""
+    total = scores.sum(1, keepdim=True)
+    scored = (total >= torch.finfo(torch.float32).tiny) & torch.isfinite(total) & (scores >= 0).all(1, keepdim=True)
+    return torch.where(scored, scores / torch.where(scored, total, 1.0), 0.0), scored
 
 
 def needs_scores(statistics: StatisticsTables | None) -> bool:

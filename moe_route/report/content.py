@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import warnings
@@ -19,7 +18,8 @@ from moe_route import __version__, analysis, plots
 from moe_route.analysis import Divergence
 from moe_route.analysis.inputs import read_scores
 from moe_route.analysis.result import plain
-from moe_route.base import files
+from moe_route.base import files, schema
+from moe_route.base.schema import FileRefusedError
 from moe_route.recording import RoutingStatistics, Trace
 from moe_route.recording.metadata import config_hash_of
 from moe_route.report.page import packed_numbers, rounded
@@ -126,10 +126,7 @@ def _read(path: Path) -> tuple[str, Any]:
             raise ValueError(f"{path} is a file of kind {kind!r}, which a report does not show: leave it out")
         where, load = _LOADERS[kind]
         return where, load(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): correct it, or leave it out") from error
+    content = schema.load_json(path)
     if is_results(content):
         return "results", read_results(path)
     kind = content.get("moe_route") if isinstance(content, dict) else None
@@ -143,7 +140,7 @@ def _scores(path: Path) -> dict[str, float]:
     try:
         scores = read_scores(path)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is neither results nor a score per group ({error}): leave it out") from error
+        raise FileRefusedError(f"{path} is neither results nor a score per group ({error}): leave it out") from error
     if not scores:
         raise ValueError(f"{path} holds no score: write a group, a tab and a score per line")
     return scores
@@ -226,6 +223,7 @@ def _divergence(statistics: RoutingStatistics, reference: str) -> tuple[Divergen
         "high": rounded(high),
         "floor": rounded(diverging.expected_floor) if paired else None,
         "undefined": int(diverging.undefined.sum()),
+        "even": list(diverging.even_layers),
     }
 
 

@@ -36,6 +36,8 @@ def record_inputs(
     """
     if not texts:
         raise ValueError("there is no text to record: pass at least one")
+    if plan is not None:
+        plan.check_groups(text.group for text in texts)
     recordings: dict[str, RoutingStatistics] = {}
     traces: dict[str, Trace] = {}
     with language_model.attach(engine) as routed:

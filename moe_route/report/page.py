@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files as resources
@@ -70,8 +71,12 @@ def page_of(content: Mapping[str, Any]) -> str:
 
 
 def safe_json(content: Any) -> str:
-    """Compact JSON that can stand inside a ``<script>`` element: it holds no ``<``, ``>`` or ``&``."""
+    """Compact JSON that can stand inside a ``<script>`` element: it holds no ``<``, ``>`` or ``&``.
+
+    The page shows texts of data by ``textContent``, never as HTML; marks that turn their direction are shown as such.
+    """
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = re.sub("[\u202a-\u202e\u2066-\u2069]", lambda mark: f"\\\\u{ord(mark[0]):04x}", text)
     escaped = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
     for character, code in escaped.items():  # these can occur in strings only
         text = text.replace(character, code)

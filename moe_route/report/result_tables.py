@@ -13,21 +13,46 @@ columns. Blue is better: "better" in an effect says which changes are, "lower" (
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_route.analysis.result import plain
+from moe_route.base import schema
 
 TABLES_FILE = "tables.json"
 _EFFECT = {"label": "language", "value": "change", "low": "low", "high": "high"}
 
 
 @dataclass(frozen=True)
+class Effect:
+    """The columns of a table that make up a figure.
+
+    Attributes:
+        label: one column, or several.
+        value, low, high: columns of the estimates and of the ends of their intervals.
+        better: which changes are drawn in blue: "lower" for losses, "higher" for accuracies.
+    """
+
+    label: str | tuple[str, ...]
+    value: str
+    low: str | None = None
+    high: str | None = None
+    better: Literal["lower", "higher"] = "lower"
+
+
+@dataclass(frozen=True)
 class ResultTable:
-    """A table with a title, a note, and the columns that make up a figure, if there are such."""
+    """A table with a title.
+
+    Attributes:
+        title: of the table.
+        columns: their names.
+        rows: with a cell for each column.
+        note: a remark below the table.
+        effect: keys of `Effect`: which columns are drawn as points with intervals, if any.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -39,14 +64,13 @@ class ResultTable:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"the table {self.title!r} has {len(self.columns)} columns, and a row of {len(row)}")
-        effect = dict(self.effect or {})
-        better = effect.pop("better", "lower")
-        if better not in ("lower", "higher"):
-            raise ValueError(f"the effect of the table {self.title!r} is better if {better!r}: write lower or higher")
-        for given in effect.values():
-            for column in given if isinstance(given, (list, tuple)) else [given]:
-                if column not in self.columns:
-                    raise ValueError(f"the effect of the table {self.title!r} names no column: {column!r}")
+        if self.effect is None:
+            return
+        effect = schema.read(Effect, self.effect, f"the effect of the table {self.title!r}", ValueError)
+        labels = effect.label if isinstance(effect.label, tuple) else (effect.label,)
+        for column in (*labels, effect.value, effect.low, effect.high):
+            if column is not None and column not in self.columns:
+                raise ValueError(f"the effect of the table {self.title!r} names no column: {column!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content (NaN as None)."""
@@ -59,6 +83,45 @@ class ResultTable:
         }
 
 
+@dataclass(frozen=True)
+class ResultsContent:
+    """Tables for a report.
+
+    Attributes:
+        tables: in the order in which they are shown.
+    """
+
+    tables: tuple[ResultTable, ...]
+
+
+@dataclass(frozen=True)
+class _SteeredLoss:
+    """The loss of a language, in nats per token."""
+
+    language: str
+    texts: int
+    loss: float
+    steered: float
+    change: float
+    low: float | None
+    high: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class _SteeredLosses:
+    """What ``moe-route steer --json`` prints."""
+
+    plan: str
+    unit: str
+    languages: tuple[_SteeredLoss, ...]
+
+
+RESULTS = schema.Kind("results", ResultsContent, mark="")
+"""Files of tables."""
+_LOSSES = schema.Kind("steer-answer", _SteeredLosses, mark="")
+
+
 def is_results(content: Any) -> bool:
     """Whether parsed JSON holds tables of results."""
     return isinstance(content, Mapping) and (
@@ -67,39 +130,23 @@ def is_results(content: Any) -> bool:
 
 
 def read_results(path: Path) -> list[ResultTable]:
-    """The tables of a file. Raises ``ValueError`` for JSON in another form."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    """The tables of a file. Raises ``FileRefusedError`` for JSON in another form."""
+    content = schema.load_json(path)
     if not is_results(content):
-        raise ValueError(f'{path} holds no tables of results: write {{"tables": [...]}}')
-    try:
-        if "tables" in content:
-            return [_table(one) for one in content["tables"]]
-        return [_of_steer(content, path.stem)]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds a table in another form ({error!r}): give title, columns and rows") from error
+        raise schema.FileRefusedError(f'{path} holds no tables of results: write {{"tables": [...]}}')
+    if "tables" in content:
+        return list(RESULTS.read(content, str(path)).tables)
+    return [_of_steer(_LOSSES.read(content, str(path)), path.stem)]
 
 
-def _table(content: Mapping[str, Any]) -> ResultTable:
-    effect = content.get("effect")
-    return ResultTable(
-        str(content["title"]),
-        tuple(map(str, content["columns"])),
-        tuple(tuple(row) for row in content["rows"]),
-        str(content.get("note") or ""),
-        None if effect is None else dict(effect),
-    )
-
-
-def _of_steer(content: Mapping[str, Any], name: str) -> ResultTable:
+def _of_steer(content: _SteeredLosses, name: str) -> ResultTable:
     """The answer of ``moe-route steer --json``: the change of the loss by language."""
-    rows: Sequence[Mapping[str, Any]] = content["languages"]
-    columns = tuple(rows[0]) if rows else ("language",)
-    plan = content.get("plan")
+    columns = tuple(field.name for field in fields(_SteeredLoss)) if content.languages else ("language",)
     return ResultTable(
         f"Loss with and without a plan ({name})",
         columns,
-        tuple(tuple(row[column] for column in columns) for row in rows),
-        f"In {content['unit']}. A negative change is a better prediction. Intervals are paired over texts."
-        + (f" Plan {plan}." if plan else ""),
-        _EFFECT if rows and {"language", "change", "low", "high"} <= set(columns) else None,
+        tuple(tuple(vars(row).values()) for row in content.languages),
+        f"In {content.unit}. A negative change is a better prediction. Intervals are paired over texts. Plan "
+        f"{content.plan}.",
+        _EFFECT if content.languages else None,
     )

@@ -4,6 +4,8 @@ The router's own forward runs on random hidden states, in evaluation mode, witho
 decision is then recomputed from its own logits. Ids must be equal wherever scores are not tied: a row may differ only
 if nudging its logits by a few units in the last place changes the choice. Weights must agree to the last bits of the
 precision in which they were computed.
+
+`undecided` says where `route` may choose other experts than a model does from the same logits.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from __future__ import annotations
 from itertools import chain
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_route import ops
+from moe_route.contract.spec import RouterSpec
 from moe_route.modules.intercept import at, resident
 from moe_route.modules.watch import NothingScoredError
 from moe_route.routers.adapter import Decision, Output
@@ -23,6 +27,7 @@ from moe_route.routers.recognize import PROBES, random_states, undisturbed
 
 ULPS = 16  # tolerance, in units in the last place, for another order of summation
 NUDGES = 16
+SCORE_UNITS = 4  # `tie_units` where torch and math.h each compute the scores; 3 were measured (docs/describe.md)
 _OTHER = f"It is from another version of transformers, or changed; install {TESTED}, which is tested."
 
 
@@ -178,3 +183,57 @@ def _tied(router: RouterInfo, logits: Tensor, k: int, bias: Tensor | None, scale
         ids = ops.route(moved, k, router.spec, correction_bias=bias, expert_scale=scale)[1]
         tied |= (ids.sort(1).values != first).any(1)
     return tied
+
+
+# ---- where the fused engine may choose otherwise
+
+
+def tie_units(spec: RouterSpec, has_bias: bool) -> int:
+    """Units in the last place by which deciding scores of a model differ at most where `route` chooses other experts.
+
+    0 for logits that are compared themselves, and for their softmax: only exact ties differ. A unit is that of the
+    dtype in which the model scores, at the size of the score and of the largest correction bias.
+    """
+    compares_logits = spec.order == "topk_then_score" or spec.score in ("softmax", "identity")
+    return 0 if compares_logits and not has_bias and spec.top_groups == spec.groups else SCORE_UNITS
+
+
+def undecided(logits: Tensor, k: int, spec: RouterSpec, bias: Tensor | None, low_precision: bool) -> Tensor:
+    """bool []: whether scores of some row, as torch computes them, are too close for `route` to choose alike for sure.
+
+    These are the k-th and the next score, and the last group that stays with the first that does not. NaN is too close.
+    """
+    scores = _scores(logits if low_precision else logits.float(), spec)
+    limits, value = torch.finfo(scores.dtype), scores if bias is None else scores + bias
+    least = limits.tiny if bias is None else bias.abs().max() + limits.tiny
+    room = (tie_units(spec, bias is not None) * limits.eps, least)
+    close = torch.zeros((), dtype=torch.bool, device=logits.device)
+    if spec.top_groups < spec.groups:
+        grouped = value.unflatten(-1, (spec.groups, -1))
+        best = min(2, grouped.shape[-1]) if spec.group_score == "top2_sum" else 1
+        of_groups = grouped.topk(best).values.sum(-1)
+        close |= _close(of_groups, spec.top_groups, *room)
+        kept = torch.zeros_like(of_groups, dtype=torch.bool).scatter_(1, of_groups.topk(spec.top_groups).indices, True)
+        value = grouped.masked_fill(~kept[..., None], spec.group_fill).flatten(-2)
+    return close if k == logits.shape[1] else close | _close(value, k, *room)
+
+
+def _scores(z: Tensor, spec: RouterSpec) -> Tensor:
+    """What the model compares, before a bias."""
+    if spec.order == "topk_then_score":
+        return z
+    match spec.score:
+        case "softmax":
+            return z.softmax(-1)
+        case "sigmoid":
+            return z.sigmoid()
+        case "sqrt_softplus":
+            return F.softplus(z).sqrt()
+        case _:
+            return z
+
+
+def _close(values: Tensor, k: int, unit: float, least: Tensor | float) -> Tensor:
+    """Whether in some row the k-th largest value and the next lie within `unit`, relative to them and `least`."""
+    best = values.topk(k + 1).values[:, k - 1 :].float()
+    return ~(best[:, 0] - best[:, 1] > unit * (best.abs().amax(1) + least)).all()

@@ -20,6 +20,10 @@ from moe_route.routers.recognize import as_returned, recognize
 _ROUTING = re.compile(r"Router|Gating|TopKGate|SparseMoe|MoE$")
 
 
+# Names under which a block holds the correction bias of its router.
+_BIASES_OF_BLOCKS = ("e_score_correction_bias", "expert_bias", "correction_bias")
+
+
 class ModelNotSupportedError(ValueError):
     """Raised for a model without routers, or with one that cannot be attached to; names what was found and the fix."""
 
@@ -51,6 +55,23 @@ class RouterInfo:
     def parameter(self) -> torch.Tensor | None:
         """The gate matrix, where the router keeps one as a plain parameter (possibly on the meta device)."""
         return next(self.module.parameters(), None)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What the router decides by: its parameters and saved buffers, and a bias that its block holds for it.
+
+        Experts inside the router's module are left out.
+        """
+        held = [
+            tensor
+            for name, module in self.module.named_modules()
+            if not any(part.startswith(("experts", "shared_expert")) for part in name.split("."))
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and name not in module._non_persistent_buffers_set
+        ]
+        beside = {**self.block._parameters, **self.block._buffers}
+        held += [t for name, t in beside.items() if name in _BIASES_OF_BLOCKS and t is not None]
+        return [tensor for tensor in {id(tensor): tensor for tensor in held}.values() if tensor.is_floating_point()]
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from moe_route.base import files
 from moe_route.base.identity import config_hash
 from moe_route.base.ranks import ALONE, ModelParallelGroup
+from moe_route.base.schema import Kind
 from moe_route.data.batches import EncodedTexts, Text, token_ids
 from moe_route.data.reader import CorpusText
 from moe_route.recording import Recorder, RoutingStatistics, SequenceStore
@@ -178,6 +179,28 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class RankContent:
+    """How far a rank is: `state.json`, and the same in the file of its sums.
+
+    Attributes:
+        window: the next one of the corpus.
+        checkpoints: number of those that were written.
+        finished: whether all windows of the rank are recorded.
+        digest: SHA-256 (hex) of all texts before the window.
+        progress: see `Progress`.
+    """
+
+    window: int = 0
+    checkpoints: int = 0
+    finished: bool = False
+    digest: str = ""
+    progress: Progress = field(default_factory=Progress)
+
+
+RANK = Kind("rank", RankContent, mark=_STATE_KIND)
+
+
+@dataclass(frozen=True)
 class CorpusRecording:
     """A resumable recording of a corpus into `folder`.
 
@@ -242,7 +265,7 @@ class CorpusRecording:
             self._job(runner).finish((RESULT, _CUT))
         return progress
 
-    def _begin(self, open_job: contextlib.ExitStack, runner: TextRunner) -> dict[str, Any] | None:
+    def _begin(self, open_job: contextlib.ExitStack, runner: TextRunner) -> RankContent | None:
         """Claim the folder and the part of this group; returns how far the part is."""
         part = open_job.enter_context(self._job(runner)).lock(self.part(self.group.number).name)
         return _load_total(part, sequences=False)[1]
@@ -255,7 +278,7 @@ class CorpusRecording:
         """
         parts = [self.part(number) for number in range(self.group.groups)]
         totals = [_load_total(part) for part in parts]
-        if any(state is None or not state["finished"] for _, state in totals):
+        if any(state is None or not state.finished for _, state in totals):
             return None
         sums = [total for total, _ in totals if total is not None]
         if not sums:
@@ -294,7 +317,7 @@ class CorpusRecording:
 class _Rank:
     """The part of one group on one of its ranks: its state, and its checkpoints, which one rank writes."""
 
-    def __init__(self, run: CorpusRecording, state: dict[str, Any] | None, runner: TextRunner):
+    def __init__(self, run: CorpusRecording, state: RankContent | None, runner: TextRunner):
         self._run, self._runner = run, runner
         self._group = run.group
         self._part = run.part(run.group.number)
@@ -303,12 +326,11 @@ class _Rank:
         self._counted = False  # whether texts ran since the last checkpoint
         self._cut: list[dict[str, Any]] = []  # texts that were cut since then
         self._total = _load_total(self._part, sequences=False)[0] if self._group.writes else None
-        state = state or {"window": 0, "checkpoints": 0, "finished": False, "digest": "", "progress": {}}
-        self._window: int = state["window"]  # the next window of the corpus
-        self._checkpoints: int = state["checkpoints"]
-        self._digest: str = state["digest"]  # of all texts before that window
-        self._progress = Progress(**state["progress"])
-        self._progress.finished = state["finished"]
+        state = state or RankContent()
+        self._window = state.window  # the next window of the corpus
+        self._checkpoints = state.checkpoints
+        self._digest = state.digest  # of all texts before that window
+        self._progress = replace(state.progress, finished=state.finished)
         self._progress.read_before = self._progress.read or 0.0
         self._progress.seconds = self._progress.new_tokens = 0
         self._progress.texts_before, self._progress.all_texts = self._progress.texts, None
@@ -442,16 +464,21 @@ def _windows(texts: Iterable[CorpusText], batch_size: int) -> Iterator[list[Corp
         yield window
 
 
-def _load_total(part: Path, *, sequences: bool = True) -> tuple[RoutingStatistics | None, dict[str, Any] | None]:
+def _load_total(part: Path, *, sequences: bool = True) -> tuple[RoutingStatistics | None, RankContent | None]:
     """Sums and state of the last checkpoint of a rank; None for what there is not."""
     if not (part / _TOTAL).is_file():
         only = part / f"{_STATE}.json"
-        return None, files.read_json(only, _STATE_KIND) if only.is_file() else None
+        return None, _state(files.read_json(only, _STATE_KIND), only) if only.is_file() else None
     total = RoutingStatistics.load(part / _TOTAL)
-    state = total.metadata.pop(_STATE)
+    state = _state(total.metadata.pop(_STATE), part / _TOTAL)
     if sequences and any(part.glob("sequences-*.safetensors")):
         total.store = SequenceStore.load(part)
     return total, state
+
+
+def _state(content: Any, path: Path) -> RankContent:
+    state: RankContent = RANK.read(content, str(path), ForeignFolderError)
+    return state
 
 
 def _refuse_repeat(seen: set[bytes], text: CorpusText) -> None:

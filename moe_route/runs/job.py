@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from moe_route.base.schema import FileRefusedError, Kind, load_json
+
 _RUN = "run.json"
 _STEP = "step.json"
 _KIND = "run"
@@ -30,8 +32,48 @@ _LONGEST = 80  # characters of a value in a message
 _AGAIN = "repeat the command that began it, name another folder, or start again (--force)"
 
 
-class ForeignFolderError(ValueError):
+class ForeignFolderError(FileRefusedError):
     """Raised for a folder that holds results of other inputs, or altered ones; the message says what differs."""
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """A folder of results that one command makes, in one run or in several.
+
+    Attributes:
+        command: that makes it.
+        done: whether it is finished.
+        inputs: what all results in the folder depend on.
+        made: names of the files and folders that it made beside its steps and parts.
+    """
+
+    command: str
+    done: bool
+    inputs: Mapping[str, Any]
+    made: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepContent:
+    """A step of a run.
+
+    Attributes:
+        step: its name.
+        hash: SHA-256 (hex) of the inputs.
+        done: whether its results are whole.
+        inputs: what the results follow from.
+        results: file -> SHA-256 (hex).
+    """
+
+    step: str
+    hash: str
+    done: bool
+    inputs: Mapping[str, Any]
+    results: Mapping[str, str]
+
+
+RUN, STEP = Kind(_KIND, RunContent), Kind("step", StepContent, mark="")
+"""The files `run.json` and `step.json`."""
 
 
 class Job:
@@ -114,7 +156,7 @@ class Job:
             self._write()
             return
         _refuse_other(self.folder, said, self.command, self.inputs)
-        self.resumed, self.done = True, bool(said["done"])
+        self.resumed, self.done = True, said.done
 
     def _write(self, made: Sequence[str] = ()) -> None:
         from moe_route.base import files
@@ -150,20 +192,18 @@ class Step:
         """SHA-256 (hex) of the inputs and of all results of a step that is done."""
         from moe_route.base import files
 
-        said = _read(self.folder / _STEP)
-        assert said is not None
-        return files.content_hash({}, said)
+        return files.content_hash({}, load_json(self.folder / _STEP))
 
     def write(self, results: Mapping[str, str]) -> None:
         """Write `step.json` with the hashes of these files; without any, the step is not done."""
         content = {"step": self.name, "hash": self.hash, "done": bool(results), "inputs": self.inputs}
         write_json(self.folder / _STEP, {**content, "results": results})
 
-    def is_whole(self, said: Mapping[str, Any] | None) -> bool:
+    def is_whole(self, said: StepContent | None) -> bool:
         """Whether `step.json` says that the step is done; raises `ForeignFolderError` if a file was lost or altered."""
-        if said is None or said.get("hash") != self.hash or not said.get("done"):
+        if said is None or said.hash != self.hash or not said.done:
             return False
-        for name, digest in said["results"].items():
+        for name, digest in said.results.items():
             path = self.folder / name
             if not path.is_file() or _sha256(path) != digest:
                 raise ForeignFolderError(
@@ -191,22 +231,16 @@ def made_folder(
     said = _said(target) if target.is_dir() else None
     if said is not None and not force:
         _refuse_other(target, said, command, _plain(inputs))
-        if said["done"]:
+        if said.done:
             yield None
             return
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    with files.new_folder(unfinished) as inside:
+    with files.new_folder(target, replace=said is not None) as inside:
         yield inside
         Job(inside, command, inputs).finish(path.name for path in _content(inside))
-    if target.is_dir():
-        if said is not None:
-            _remove_results(target, said)
-        for path in unfinished.iterdir():
-            os.replace(path, target / path.name)
-        unfinished.rmdir()
-    else:
-        unfinished.rename(target)
+        for path in _content(target) if said is not None else ():
+            if said is not None and path.name not in said.made and not (inside / path.name).exists():
+                copy: Any = shutil.copytree if path.is_dir() else shutil.copy2  # somebody else's
+                copy(path, inside / path.name)
 
 
 def refuse_made(path: str | Path, command: str, *, force: bool = False) -> None:
@@ -218,8 +252,8 @@ def refuse_made(path: str | Path, command: str, *, force: bool = False) -> None:
     path = Path(path)
     if path.is_dir():
         said = _said(path)
-        if said is not None and said["command"] != command and not force:
-            raise ForeignFolderError(f"{path} holds results of `{said['command']}`: {_AGAIN}")
+        if said is not None and said.command != command and not force:
+            raise ForeignFolderError(f"{path} holds results of `{said.command}`: {_AGAIN}")
     elif path.exists() and not force:
         raise FileExistsError(
             f"{path} exists, and it took a model to make: name another file, or write over it (--force)"
@@ -236,11 +270,11 @@ def write_json(path: Path, content: Any) -> None:
 def _step(folder: Path, name: str, inputs: dict[str, Any], cheap: bool) -> Step:
     from moe_route.base import files
 
-    said = _read(folder / _STEP)
+    said = _read(folder / _STEP, STEP)
     step = Step(name, folder, inputs, hash=files.content_hash({}, inputs))
-    if said is not None and said.get("hash") != step.hash:
+    if said is not None and said.hash != step.hash:
         if not cheap:
-            where = difference(said.get("inputs"), inputs)
+            where = difference(said.inputs, inputs)
             raise ForeignFolderError(f"{folder} holds results of other inputs ({where}): {_AGAIN}")
         shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
@@ -250,35 +284,30 @@ def _step(folder: Path, name: str, inputs: dict[str, Any], cheap: bool) -> Step:
     return step
 
 
-def _said(folder: Path) -> dict[str, Any] | None:
+def _said(folder: Path) -> RunContent | None:
     """What `run.json` says; None for a folder without content."""
     others = _content(folder)
-    said = _read(folder / _RUN)
-    if said is None:
-        if others and not (folder / _RUN).exists():
-            raise ForeignFolderError(
-                f"{folder} holds {others[0].name}, and no run.json that says how it was made: name an empty or new "
-                "folder"
-            )
-        return None
-    if said.get("moe_route") != _KIND or not {"command", "inputs", "done", "made"} <= said.keys():
-        raise ForeignFolderError(f"{folder / _RUN} is not of this version of moe-route: name another folder")
+    said: RunContent | None = _read(folder / _RUN, RUN)
+    if said is None and others:
+        raise ForeignFolderError(
+            f"{folder} holds {others[0].name}, and no run.json that says how it was made: name an empty or new folder"
+        )
     return said
 
 
-def _refuse_other(folder: Path, said: Mapping[str, Any], command: str, inputs: Mapping[str, Any]) -> None:
-    if said["command"] != command:
-        raise ForeignFolderError(f"{folder} holds results of `{said['command']}`: {_AGAIN}")
-    if said["inputs"] != inputs:
+def _refuse_other(folder: Path, said: RunContent, command: str, inputs: Mapping[str, Any]) -> None:
+    if said.command != command:
+        raise ForeignFolderError(f"{folder} holds results of `{said.command}`: {_AGAIN}")
+    if said.inputs != inputs:
         raise ForeignFolderError(
-            f"{folder} holds results of other inputs ({difference(said['inputs'], inputs)}): {_AGAIN}"
+            f"{folder} holds results of other inputs ({difference(said.inputs, inputs)}): {_AGAIN}"
         )
 
 
-def _remove_results(folder: Path, said: Mapping[str, Any]) -> None:
+def _remove_results(folder: Path, said: RunContent) -> None:
     """Remove what a job made, and nothing else."""
     for path in _content(folder):
-        if path.name in said["made"] or (path / _STEP).is_file() or path.name.startswith("rank-"):
+        if path.name in said.made or (path / _STEP).is_file() or path.name.startswith("rank-"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (folder / _RUN).unlink()
 
@@ -301,16 +330,17 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, kind: Kind) -> Any:
+    """What a file of this kind says; None if there is none."""
     if not path.is_file():
         return None
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        said = None
-    if not isinstance(said, dict):
-        raise ForeignFolderError(f"{path} is damaged: name another folder, or remove it")
-    return said
+        content = load_json(path)
+        if kind.mark and isinstance(content, dict) and content.get("moe_route") != kind.mark:
+            raise FileRefusedError(f'{path} lacks "moe_route": "{kind.name}"')
+        return kind.read(content, str(path))
+    except FileRefusedError as error:
+        raise ForeignFolderError(f"{error} (or name another folder, if it is damaged or of another version)") from error
 
 
 def _plain(inputs: Mapping[str, Any]) -> dict[str, Any]:

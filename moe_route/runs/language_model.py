@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from moe_route.base.ranks import ALONE, ModelParallelGroup
 from moe_route.calls.call import fewer_logits
 from moe_route.data import Question, demo_model_folder, load_demo_model
 from moe_route.data.batches import Batch, EncodedTexts, Text, encode, padded_batches, token_ids
-from moe_route.routed import RoutedModel, attach
+from moe_route.routed import RoutedModel, attach, labeled_texts
 from moe_route.training import is_upcycled, load_upcycled, with_sparse_blocks
 
 DEMO_MODEL = "demo"
@@ -163,6 +164,14 @@ class LanguageModel:
             logits: torch.Tensor = self.model(**batch.inputs, use_cache=False, **few).logits
             return logits if positions is None or few else logits[:, positions]
 
+    def labeled(self, texts: Sequence[Text] | Sequence[Question]) -> AbstractContextManager[None]:
+        """Label the rows of a batch by the group (of questions: the language) and item of each, if nothing does yet.
+
+        Recordings, plans and adapters by group follow these labels, as those of `RoutedModel.labels`.
+        """
+        groups = [text.group if isinstance(text, Text) else text.language for text in texts]
+        return labeled_texts(self.model, groups, [text.item for text in texts])
+
     def generate(self, prompt: str, max_new_tokens: int) -> str:
         """Continue `prompt` by greedy search, with at most `max_new_tokens` tokens; returns the continuation."""
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
@@ -187,14 +196,15 @@ class LanguageModel:
     ) -> np.ndarray:
         """Loss of each text, float64 [len(texts), 2]: the sum in nats over its predicted tokens, and their number.
 
-        Every token but the first is predicted from those before it; padding is never predicted. To learn how many texts
-        were cut, pass the result of `encode`.
+        Every token but the first is predicted from those before it; padding is never predicted. Texts run under their
+        groups and items, which a plan steers by. To learn how many texts were cut, pass the result of `encode`.
         """
         encoded = self.encode(texts, max_length=max_length)
         sums = np.zeros((len(encoded.texts), 2))
         for batch in self.batches(encoded, batch_size=batch_size, progress=progress):
             ids, mask = batch.inputs["input_ids"][:, 1:], batch.inputs["attention_mask"][:, 1:]
-            logits = self.run(batch)[:, :-1].float().flatten(0, 1)
+            with self.labeled(batch.texts):
+                logits = self.run(batch)[:, :-1].float().flatten(0, 1)
             nats = torch.nn.functional.cross_entropy(logits, ids.flatten(), reduction="none").view(mask.shape) * mask
             sums[list(batch.positions), 0] = nats.double().sum(1).cpu().numpy()
             sums[list(batch.positions), 1] = mask.sum(1).cpu().numpy()
@@ -203,9 +213,9 @@ class LanguageModel:
     def answers(self, questions: Sequence[Question], *, batch_size: int = 64, progress: str | None = None) -> Answers:
         """Judge the right answer of each question: whether it is the greedy continuation, and its probability.
 
-        The answer is read after its prompt in one call. It is what greedy search gives if each of its tokens is the
-        most probable one after those before it. Raises `ValueError` for a question that does not fit into the model's
-        context, and for one whose answer adds no token to its prompt.
+        The answer is read after its prompt in one call, under the language and item of the question. It is what greedy
+        search gives if each of its tokens is the most probable one after those before it. Raises `ValueError` for a
+        question that does not fit into the model's context, and for one whose answer adds no token to its prompt.
         """
         prompts = self._ids([Text(q.language, q.item, q.prompt) for q in questions])
         texts = tuple(Text(q.language, q.item, q.prompt + q.answer) for q in questions)
@@ -230,7 +240,8 @@ class LanguageModel:
             # Answers are a few tokens at the end of texts of similar length, so few positions hold one.
             (places,) = asked.any(0).nonzero(as_tuple=True)
             ids, asked = ids[:, places], asked[:, places]
-            logits = self.run(batch, places)[asked].float()
+            with self.labeled(batch.texts):
+                logits = self.run(batch, places)[asked].float()
             of_token = torch.zeros(ids.shape, device=ids.device)
             of_token[asked] = torch.nn.functional.cross_entropy(logits, ids[asked], reduction="none")
             right = ~asked

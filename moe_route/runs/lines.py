@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_route.base import files
 from moe_route.base.identity import weights_hash
+from moe_route.base.schema import parse_json
 from moe_route.runs.job import ForeignFolderError
 
 Key = tuple[str, str, str]  # task, language, item
@@ -68,7 +69,7 @@ class ResultLines:
         with open(self.path, encoding="utf-8") as stream:
             next(stream)
             for line in stream:
-                yield json.loads(line)
+                yield parse_json(line, str(self.path))
 
     def _check_header(self, head: bytes) -> None:
         said, wanted = _parsed(head), json.loads(files.canonical_json(self._header))

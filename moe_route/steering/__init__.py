@@ -11,6 +11,7 @@ from moe_route.steering.explain import PlanChange, PlanDifference, PlanExplanati
 from moe_route.steering.learned import LearnedRouting
 from moe_route.steering.model import PlanError, PlanModel
 from moe_route.steering.plan import Plan
+from moe_route.steering.reach import Reach
 from moe_route.steering.rule import Rule
 from moe_route.steering.selection import ExpertSelection
 
@@ -25,6 +26,7 @@ __all__ = [
     "PlanError",
     "PlanExplanation",
     "PlanModel",
+    "Reach",
     "Rule",
     "RuleEffect",
 ]

@@ -13,7 +13,8 @@ import torch
 
 from moe_route.contract.limits import MAX_CHOSEN
 from moe_route.contract.tables import NEUTRAL, Force, SteeringTables
-from moe_route.contract.token_tables import BY_TOKEN, NAMED, Part, TokenTables
+from moe_route.contract.token_tables import BY_TOKEN, NAMED, Applied, Part, TokenTables
+from moe_route.steering.functions import RoutingFunction
 from moe_route.steering.model import PlanError
 from moe_route.steering.tables import SequenceTable
 
@@ -61,6 +62,8 @@ class Cell:
         sources: tables of values per token, in the order of ``CompiledPlan.sequence_tables``.
         tables: by view and name: a plane float32 [E], "remap" int32 [E], and those of ``NAMED``.
         parameters: row parameters by name.
+        functions: functions of the logits, by the number of their rule in the plan.
+        rule: number of the rule that is writing.
     """
 
     layer: int
@@ -68,6 +71,8 @@ class Cell:
     sources: Sequence[SequenceTable] = ()
     tables: dict[tuple[View, str], np.ndarray] = field(default_factory=dict)
     parameters: dict[str, float] = field(default_factory=dict)
+    functions: dict[int, RoutingFunction] = field(default_factory=dict)
+    rule: int = -1
     _terms: dict[tuple[View, str], dict[int, list[float]]] = field(default_factory=dict)
     _planes: dict[str, dict[tuple[str, str], Plane]] = field(default_factory=dict)
     _claims: dict[str, set[tuple[object, ...]]] = field(default_factory=dict)
@@ -94,6 +99,10 @@ class Cell:
             )
         self.tables[view, name] = np.asarray(value, NAMED[name].dtype)
 
+    def apply(self, function: RoutingFunction) -> None:
+        """Add a function of the logits; several run in the order of the plan."""
+        self.functions[self.rule] = function
+
     def settled(self) -> Cell:
         """The cell with its terms combined; raises ``PlanError`` for terms that contradict each other."""
         for (view, name), terms in self._terms.items():
@@ -103,7 +112,7 @@ class Cell:
         return self
 
     def __bool__(self) -> bool:
-        return bool(self.tables or self.parameters)
+        return bool(self.tables or self.parameters or self.functions)
 
     @property
     def slots(self) -> int:
@@ -112,13 +121,13 @@ class Cell:
 
     @property
     def names(self) -> set[str]:
-        return {name for _, name in self.tables} | self.parameters.keys()
+        return {name for _, name in self.tables} | self.parameters.keys() | ({"apply"} if self.functions else set())
 
     @property
     def key(self) -> tuple[object, ...]:
         """A key that is equal for cells with the same effect."""
         tables = sorted((repr(at), table.tobytes()) for at, table in self.tables.items())
-        return tuple(tables), tuple(sorted(self.parameters.items()))
+        return tuple(tables), tuple(sorted(self.parameters.items())), tuple(self.functions.items())
 
     # ---- how terms combine, by name
 
@@ -258,7 +267,9 @@ def tables_of(
         given[name] = torch.tensor([cell.parameters.get(name, NEUTRAL[name]) for cell in cells])
     wide = max(cell.slots for cell in cells)
     wide = wide if wide > router.top_k else 0
-    if not names and not by_name and not wide:
+    numbers = sorted({number for cell in cells for number in cell.functions})
+    functions = [_applied(cells, number) for number in numbers]
+    if not names and not by_name and not wide and not functions:
         return SteeringTables(len(cells), router.num_experts, **given)
     parts = [_part(cells, PLAIN, by_name, router)] if by_name else []
     parts += [_part(cells, view, of_view, router) for view, of_view in sorted(names.items(), key=repr)]
@@ -279,7 +290,15 @@ def tables_of(
         anew=_flags("replace_scores" in cell.names or cell.slots > router.top_k for cell in cells),
         by_token_only=_flags(bool(cell.names) and cell.names <= {*BY_TOKEN} for cell in cells),
         wide=wide,
+        functions=functions,
+        functions_only=_flags(cell.names == {"apply"} for cell in cells),
     )
+
+
+def _applied(cells: Sequence[Cell], number: int) -> Applied:
+    """The function of one rule, with the rows that it acts on."""
+    function = next(cell.functions[number] for cell in cells if number in cell.functions)
+    return Applied(function.function, torch.tensor([number in cell.functions for cell in cells]))
 
 
 def _used(cells: Iterable[Cell], name: str) -> list[int]:

@@ -31,6 +31,7 @@ class CompiledPlan:
         plan_hash: ``Plan.hash`` of the plan.
         bounds: the C - 1 positions at which a new class of positions begins.
         draws: whether a rule draws experts per token.
+        applies: whether a rule applies a function, which is told which token is where.
         sequence_tables: tables of values per token, in the order of the columns of ``Labels.entries``.
     """
 
@@ -41,6 +42,7 @@ class CompiledPlan:
     bounds: tuple[int, ...] = ()
     draws: bool = False
     sequence_tables: tuple[SequenceTable, ...] = ()
+    applies: bool = False
 
     @property
     def is_null(self) -> bool:
@@ -78,6 +80,7 @@ def compile_rules(
         cells = [Cell(layer, router, sources) for layer, router in enumerate(routers)]
         for number in here:
             for layer, pairs in written[number].items():
+                cells[layer].rule = number
                 rules[number].write(cells[layer], pairs)
         keys[here] = tuple(cell.settled().key for cell in cells)
         if any(cells):
@@ -91,7 +94,8 @@ def compile_rules(
         tables_of([row[layer] for row in kept.values()], layer, router, sources) for layer, router in enumerate(routers)
     ]
     draws = any(rule.draw is not None for rule in rules)
-    return CompiledPlan(tables, rows, groups, plan_hash, bounds, draws, sources)
+    applies = any(rule.function is not None for rule in rules)
+    return CompiledPlan(tables, rows, groups, plan_hash, bounds, draws, sources, applies)
 
 
 def _bounds(rules: Sequence[Rule]) -> tuple[int, ...]:

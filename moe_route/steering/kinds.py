@@ -453,6 +453,33 @@ class Replay(NamedChoice):
         return self.shows.format(x=f"{self.table}")
 
 
+class Apply(LayerRule):
+    """A user's own function of the natural logits, before every other rule."""
+
+    kind = "apply"
+    shows = "logits = {x}(logits)"
+    fields = frozenset(("function",))
+    ordered = True
+    served = False
+
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        assert self.function is not None
+        cell.apply(self.function)
+
+    def entries(self) -> Iterator[Entry]:
+        for layer in self.layers or (None,):
+            yield Entry(layer, None, f"{self.function}")
+
+    def joined(self, one: Any, other: Any) -> Any:
+        return f"{one}, then {other}"
+
+    def _how(self) -> str:
+        return self.shows.format(x=self.function)
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return Forecast(np.array([seen.tokens * seen.top_k]), "at most")
+
+
 class Gumbel(LayerRule):
     """The experts of the largest ``z + value * Gumbel noise``; ``draw`` seeds the noise."""
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from math import comb, prod
 from operator import index
@@ -16,20 +16,43 @@ import numpy as np
 from torch import Tensor
 
 from moe_route.base import files, hub
-from moe_route.base.table import Table
+from moe_route.base.schema import Kind, meant
+from moe_route.base.table import Table, printable
 from moe_route.steering import kinds
 from moe_route.steering.compile import CompiledPlan, HasExperts, compile_rules
 from moe_route.steering.explain import PlanDifference, PlanExplanation, compare, explain
-from moe_route.steering.model import PlanError, PlanModel, refuse_unknown
-from moe_route.steering.rule import Experts, Rule, as_groups, as_phase, as_positions, rule_from_dict
+from moe_route.steering.functions import Function, RoutingFunction
+from moe_route.steering.model import PlanError, PlanFileError, PlanModel
+from moe_route.steering.rule import Experts, Rule, RuleContent, as_groups, as_phase, as_positions, rule_of
 from moe_route.steering.selection import ExpertSelection, random_permutation
-from moe_route.steering.tables import RecordedChoices, ReplayTable, ScoreTable, SequenceTable, table_of
+from moe_route.steering.tables import RecordedChoices, ReplayTable, ScoreTable, SequenceTable, TableContent, table_of
 
 _KIND = "plan"
-_KEYS = ("rules", "model", "description", "tables", "hash")  # of a file
-_ENVELOPE = ("moe_route", "schema")  # what every JSON file has beside
 _SHOWN, _SHOWN_IN_HTML = 8, 50  # number of rules that repr and notebooks list
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanContent:
+    """A plan: rules that steer the experts of a model.
+
+    Attributes:
+        rules: what is done, in any order.
+        model: the model that the plan is for; without it, any model.
+        description: where the plan comes from.
+        tables: values per token that rules name; a name is the hash of its table.
+        hash: hash of the rules and the model when the plan was saved; the log tells if they were edited since.
+    """
+
+    rules: tuple[RuleContent, ...]
+    model: PlanModel = field(default_factory=PlanModel)
+    description: str = ""
+    tables: Mapping[str, TableContent] = field(default_factory=dict)
+    hash: str | None = None
+
+
+PLAN = Kind(_KIND, PlanContent)
+"""Files of plans."""
 
 
 class Plan:
@@ -63,9 +86,14 @@ class Plan:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules in a canonical order, independent of the order in which they were added."""
+        """The rules in a canonical order, independent of the order in which they were added.
+
+        Functions of ``apply`` come last, in the order in which they were added, since they run in it.
+        """
         if not self._ordered:  # sorted on first use, so that a sum of many plans sorts once
-            ordered = sorted(self._rules, key=lambda rule: files.canonical_json(rule.to_dict()))
+            free = (rule for rule in self._rules if not rule.ordered)
+            ordered = sorted(free, key=lambda rule: files.canonical_json(rule.to_dict()))
+            ordered += (rule for rule in self._rules if rule.ordered)
             object.__setattr__(self, "_rules", tuple(ordered))
             object.__setattr__(self, "_ordered", True)
         return self._rules
@@ -304,6 +332,38 @@ class Plan:
         return cls._of(kinds.Gumbel, None, layers, value=temperature, draw=seed)
 
     @classmethod
+    def apply(
+        cls,
+        function: Function,
+        layers: Iterable[int] | int | None = None,
+        *,
+        groups: Sequence[str] | str | None = None,
+        phase: str | None = None,
+    ) -> Plan:
+        """Apply a function of your own to the router logits: ``logits = function(logits, where)``.
+
+        It is called once per layer and call, with the tokens that meet the conditions and no padding: ``logits``
+        float32 [tokens, E], the model's own, before every other rule, and ``where``, which tells layer, sequence,
+        position, token id and phase of each (``contract.Where``). It returns logits of the same shape and dtype, on the
+        same device; gradients flow through it. -inf makes an expert the last to be chosen. A token whose logits it
+        leaves alone keeps every bit. Other rules, std and ``|z|`` among them, then see what it returned; the natural
+        choice that a recording counts stays the model's own. Several functions run in the order in which their plans
+        were added.
+
+        Works wherever Python runs in each call: a CUDA graph, ``torch.compile(fullgraph=True)`` and vLLM refuse it.
+        A layer that is checkpointed calls it again in the backward pass.
+
+        Saved, a plan holds the function's name and a hash of its source. One without a name that can be imported (a
+        lambda, an inner function) cannot be saved. Loading imports nothing: import the module of the function before
+        the plan steers.
+
+        Raises ``PlanError`` for what cannot be called. A call of the model raises ``ValueError`` or ``TypeError`` if
+        the function returns anything but such logits, or NaN where the logit was a number.
+        """
+        plan = cls([kinds.Apply.of(None, layers, function=RoutingFunction.of(function))])
+        return plan.only(groups=groups, phase=phase)
+
+    @classmethod
     def remap(cls, experts: Mapping[int, Mapping[int, int]], layers: Iterable[int] | int | None = None) -> Plan:
         """After selection, replace expert e of a layer by ``experts[layer][e]`` (-1: drop it).
 
@@ -399,7 +459,8 @@ class Plan:
     def hash(self) -> str:
         """SHA-256 (hex) of the rules and the model, the same for equal plans on any machine.
 
-        Include it in the cache key of steered results.
+        A function without a name that can be imported is told from others in this process only.
+        Include the hash in the cache key of steered results.
         """
         content = self._content_dict()
         del content["description"]
@@ -515,21 +576,45 @@ class Plan:
     # -- the model, tables, files
 
     def for_model(
-        self, name: str | None = None, *, config_hash: str | None = None, num_experts: Sequence[int] | None = None
+        self,
+        name: str | None = None,
+        *,
+        config_hash: str | None = None,
+        num_experts: Sequence[int] | None = None,
+        router_hash: str | None = None,
+        weights_hash: str | None = None,
     ) -> Plan:
         """Mark the plan as made for this model; without arguments, for any model."""
         shape = None if num_experts is None else tuple(num_experts)
-        return Plan(self.rules, model=PlanModel(name, config_hash, shape), description=self.description)
+        model = PlanModel(name, config_hash, shape, router_hash, weights_hash)
+        return Plan(self.rules, model=model, description=self.description)
 
     def check_model(
-        self, name: str | None = None, *, config_hash: str | None = None, num_experts: Sequence[int] | None = None
+        self,
+        name: str | None = None,
+        *,
+        config_hash: str | None = None,
+        num_experts: Sequence[int] | None = None,
+        router_hash: str | None = None,
+        weights_hash: str | None = None,
     ) -> None:
         """Raise ``PlanError`` if the plan was made for another model. Unknown properties are not compared."""
         shape = None if num_experts is None else tuple(num_experts)
         # the same weights may have several names (a hub id, a local folder), so an equal configuration decides over the
         # name
         same = self.model.config_hash is not None and self.model.config_hash == config_hash
-        self.model.merged(PlanModel(None if same else name, config_hash, shape))
+        self.model.merged(PlanModel(None if same else name, config_hash, shape, router_hash, weights_hash))
+
+    def check_groups(self, groups: Iterable[str]) -> None:
+        """Raise ``PlanError`` for a rule on groups of which no text is, where ``groups`` are those of all texts."""
+        known = list(dict.fromkeys(groups))
+        for rule in self.rules:
+            if rule.groups and not set(rule.groups) & set(known):
+                name = rule.groups[0]
+                raise PlanError(
+                    f'the plan steers group "{name}", of which no text is: {meant(name, known)}; choose other texts, '
+                    "or make the plan for these groups"
+                )
 
     def compile(self, routers: Sequence[HasExperts], groups: Sequence[str] = ()) -> CompiledPlan:
         """Compile the plan to steering tables, one per layer, and the row of each (phase, group, position).
@@ -542,9 +627,18 @@ class Plan:
         return compile_rules(self.rules, routers, tuple(groups), self.hash)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able content, from which ``from_dict`` makes an equal plan."""
+        """JSON-able content, from which ``from_dict`` makes an equal plan.
+
+        Raises ``PlanError`` for a function that cannot be imported by its name.
+        """
+        self._require_names()
         tables = {name: {**table.header(), table.field: table.to_list()} for name, table in self._tables().items()}
         return self._content_dict() | ({"tables": tables} if tables else {})
+
+    def _require_names(self) -> None:
+        for rule in self._rules:
+            if rule.function is not None:
+                rule.function.require_name()
 
     def _content_dict(self) -> dict[str, Any]:
         """``to_dict`` without the tables of values per token, which rules name by digest."""
@@ -561,27 +655,33 @@ class Plan:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
         """Rebuild a plan from ``to_dict``; raises ``PlanError`` for anything else."""
+        return cls._of_content(content, "the plan", PlanError)
+
+    @classmethod
+    def _of_content(cls, content: Any, source: str, error: type[PlanError]) -> Plan:
+        said = PLAN.read(content, source, error)
         try:
-            given = list(content["rules"])
-            refuse_unknown(content, _KEYS, "a plan")
-            refuse_unknown(content.get("model", {}), PlanModel().to_dict(), "the model of a plan")
-            headers = content.get("tables", {})
-            tables = {name: table_of(header) for name, header in headers.items()}
-            rules = [rule_from_dict(rule, tables) for rule in given]
-            return cls(rules, model=PlanModel(**content.get("model", {})), description=content.get("description", ""))
-        except PlanError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise PlanError(f"this is not a plan ({error!r}): pass what Plan.to_dict gave") from error
+            tables = {name: table_of(table) for name, table in said.tables.items()}
+        except PlanError as problem:
+            raise error(f"{source}: {problem}") from problem
+        rules = []
+        for number, (given, rule) in enumerate(zip(content["rules"], said.rules, strict=True)):
+            try:
+                rules.append(rule_of(given, rule, tables))
+            except PlanError as problem:
+                raise error(f"{source}: rules[{number}]: {problem}") from problem
+        return cls(rules, model=said.model, description=said.description)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to ``path``, whole or not at all.
 
-        A name that ends in ".json" gives JSON, to read, compare and edit; any other name gives safetensors.
+        A name that ends in ".json" gives JSON, to read, compare and edit; any other name gives safetensors. Raises
+        ``PlanError`` for a function that cannot be imported by its name.
         """
         if files.is_json(path):
             files.write_json(path, {"hash": self.hash, **self.to_dict()}, _KIND)
             return
+        self._require_names()
         tables = self._tables()
         headers = {name: {**table.header(), "field": table.field} for name, table in tables.items()}
         header = {**self._content_dict(), "tables": headers, "hash": self.hash}
@@ -592,22 +692,19 @@ class Plan:
         """Read a file that ``save`` wrote; its name tells the format.
 
         JSON that was edited is accepted, and the log reports it. Raises ``files.FileRefusedError`` for a file that is
-        not a plan, and ``PlanError`` for JSON with invalid rules.
+        not a plan, and ``PlanFileError``, which is also a ``PlanError``, for one with keys or values that no plan has.
         """
         if files.is_json(path):
             return cls._load_json(path)
         tensors, header = files.read(path, _KIND)
         headers = header.get("tables", {})
         tables = {name: {**table, table.get("field", "ids"): tensors[name]} for name, table in headers.items()}
-        return cls.from_dict({**header, "tables": tables})
+        return cls._of_content({**header, "tables": tables}, os.fspath(path), PlanFileError)
 
     @classmethod
     def _load_json(cls, path: str | os.PathLike[str]) -> Plan:
         content = files.read_json(path, _KIND)
-        try:
-            plan = cls.from_dict({name: value for name, value in content.items() if name not in _ENVELOPE})
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+        plan = cls._of_content(content, os.fspath(path), PlanFileError)
         if content.get("hash") != plan.hash:
             _log.warning("%s was edited since it was saved: its hash is now %s", path, plan.hash)
         return plan
@@ -661,7 +758,8 @@ class Plan:
     def describe(self) -> str:
         """Describe the rules in words, one line each."""
         note = [f"  {self.description}"] if self.description else []
-        return "\n".join([self._title(), *note, *(f"  {number}. {rule}" for number, rule in enumerate(self.rules, 1))])
+        rules = [f"  {number}. {rule}" for number, rule in enumerate(self.rules, 1)]
+        return printable("\n".join([self._title(), *note, *rules]))
 
     def _title(self) -> str:
         count = f"{len(self.rules)} rule{'' if len(self.rules) == 1 else 's'}"
@@ -678,7 +776,7 @@ class Plan:
     def __repr__(self) -> str:
         shown = "; ".join(map(str, self.rules[:_SHOWN])) or "nothing"
         more = len(self.rules) - _SHOWN
-        return f"Plan({shown}{f'; and {more} more rules' if more > 0 else ''})"
+        return printable(f"Plan({shown}{f'; and {more} more rules' if more > 0 else ''})")
 
 
 def _named(rules: Iterable[Rule], layer: int) -> set[int]:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field, make_dataclass, replace
+from functools import cache
 from operator import index
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from moe_route.base.schema import Natural, Tagged, meant
 from moe_route.calls.call import PHASES
 from moe_route.steering.cell import Cell, HasExperts
+from moe_route.steering.functions import RoutingFunction, function_of
 from moe_route.steering.layers import as_layers, show_numbers
-from moe_route.steering.model import PlanError, refuse_unknown
+from moe_route.steering.model import PlanError
 from moe_route.steering.tables import SequenceTable
 
 Experts = Mapping[int, Iterable[int] | Mapping[int, float]] | Iterable[int]
@@ -92,6 +94,7 @@ class Rule(ABC):
         absent: only experts that the router does not choose itself.
         draw: seed of a random control with as many experts, drawn per token, or of noise.
         table: values per token.
+        function: a user's own function of the logits.
 
     A class of ``kinds.py`` says with these what its rules are:
 
@@ -103,6 +106,8 @@ class Rule(ABC):
         table_type: class of its table.
         valued: whether coefficients are values, not factors of a strength.
         unmoved: why it changes no choice, if it never does.
+        ordered: whether rules of this kind act in the order in which a plan was added up; others act in any.
+        served: whether engines with their own model code (vLLM) can run it.
     """
 
     experts: tuple[tuple[int, tuple[tuple[int, float], ...]], ...] = ()
@@ -116,6 +121,7 @@ class Rule(ABC):
     absent: bool = False
     draw: int | None = None
     table: SequenceTable | None = None
+    function: RoutingFunction | None = None
 
     kind: ClassVar[str]
     shows: ClassVar[str]
@@ -125,6 +131,8 @@ class Rule(ABC):
     valued: ClassVar[bool] = False
     drawn: ClassVar[str] = "other experts for each token, drawn"
     unmoved: ClassVar[str] = ""
+    ordered: ClassVar[bool] = False
+    served: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -177,6 +185,7 @@ class Rule(ABC):
         mode: str | None = None,
         table: SequenceTable | None = None,
         draw: int | None = None,
+        function: RoutingFunction | None = None,
     ) -> Rule:
         """Make a checked rule from a user's arguments. ``factor`` multiplies the coefficient of every expert."""
         chosen = None if layers is None else _layers(layers)
@@ -194,6 +203,7 @@ class Rule(ABC):
             layers=chosen,
             table=table,
             draw=None if draw is None else index(draw),
+            function=function,
         ).checked()
 
     def checked(self) -> Rule:
@@ -201,6 +211,7 @@ class Rule(ABC):
         if self.mode not in self.modes:
             raise PlanError(f"{self.kind} has no mode {self.mode!r}: use one of {', '.join(map(repr, self.modes))}")
         given = {"value": self.value is not None, "experts": bool(self.experts), "table": self.table is not None}
+        given["function"] = self.function is not None
         named = [name for name, present in given.items() if present]
         if len(named) != 1 or named[0] not in self.fields:
             needed = next(shown for name, shown in _NEEDED.items() if name in self.fields)
@@ -322,7 +333,8 @@ class Rule(ABC):
                 f"a {self.kind} rule of single tokens cannot move to other layers: leave it out of the control"
             )
         experts = {layer: dict(pairs) for layer, pairs in self.experts} or None
-        return self._as_before(type(self).of(experts, layers, value=self.value, mode=self.mode, draw=self.draw))
+        made = type(self).of(experts, layers, value=self.value, mode=self.mode, draw=self.draw, function=self.function)
+        return self._as_before(made)
 
     def with_experts(self, experts: Experts) -> Rule:
         """The rule with other experts; unchanged if it names none."""
@@ -369,51 +381,59 @@ class Rule(ABC):
                 for layer, pairs in self.experts
             }
         neutral = {"strength": 1.0, "value": None, "mode": "", "phase": None, "absent": False, "draw": None}
-        for field, value in neutral.items():
-            if getattr(self, field) != value:
-                content[field] = getattr(self, field)
+        for name, value in neutral.items():
+            if getattr(self, name) != value:
+                content[name] = getattr(self, name)
         if self.positions is not None:
             content["positions"] = [list(span) for span in self.positions]
-        for field in ("layers", "groups"):
-            if getattr(self, field) is not None:
-                content[field] = list(getattr(self, field))
+        for name in ("layers", "groups"):
+            if getattr(self, name) is not None:
+                content[name] = list(getattr(self, name))
         if self.table is not None:
             content["table"] = self.table.digest
+        if self.function is not None:
+            content |= self.function.to_dict()
         return content
 
     @classmethod
-    def read(cls, content: Mapping[str, Any], tables: Mapping[str, SequenceTable]) -> Rule:
-        """Rebuild a rule of this kind from ``to_dict``."""
-        modes = {"mode"} if len(cls.modes) > 1 else set()
-        refuse_unknown(content, {"kind", *_CONDITIONS, *cls.fields, *modes}, f"the {cls.kind} rule")
-        for name, (types, shown) in _TYPES.items():
-            if name in content and not _is(content[name], types):
-                raise PlanError(f'"{name}" of the {cls.kind} rule must be {shown}, not {content[name]!r}')
-        if "mode" in content and content["mode"] not in cls.modes:
-            raise PlanError(f"{cls.kind} has no mode {content['mode']!r}: use one of {', '.join(map(repr, cls.modes))}")
+    @cache
+    def declared(cls) -> type:
+        """The dataclass that declares the keys of such a rule in a file."""
+        needed = [name for name in _NEEDED if name in cls.fields]
+        keys: list[Any] = [("kind", Literal[cls.kind])]
+        for name, hint in _KEYS.items():
+            beside = (name == "mode" and len(cls.modes) > 1) or (name == "source" and "function" in cls.fields)
+            if name in cls.fields or name in _CONDITIONS or beside:
+                hint = Literal[tuple(cls.modes)] if name == "mode" else hint
+                keys.append((name, hint) if needed == [name] else (name, hint, field(default=None)))
+        keys.sort(key=len)  # those that are required first
+        listed = (Rule.__doc__ or "").split("Attributes:")[1]
+        return make_dataclass(cls.__name__, keys, namespace={"__doc__": f"{cls.__doc__}\n\n    Attributes:{listed}"})
+
+    @classmethod
+    def made(cls, content: Mapping[str, Any], said: Any, tables: Mapping[str, SequenceTable]) -> Rule:
+        """The rule of ``content``, whose checked values are ``said``, as ``declared`` has them."""
         table = None
-        if "table" in content or cls.fields.isdisjoint(("experts", "value")):
-            table = tables[content["table"]]
+        if "table" in content or cls.fields.isdisjoint(("experts", "value", "function")):
+            if said.table not in tables:
+                raise PlanError(f'there is no table "{said.table}": {meant(said.table, tables, "tables has")}')
+            table = tables[said.table]
             if cls.table_type is None or not isinstance(table, cls.table_type):
                 raise PlanError(f"a {cls.kind} rule cannot use a table of {table.field}")
-        experts = {
-            int(layer): {int(expert): c for expert, c in of.items()} if isinstance(of, Mapping) else of
-            for layer, of in content.get("experts", {}).items()
-        }
-        given = {name: content[name] for name in ("strength", "value", "mode", "draw") if name in content}
+        given = {name: getattr(said, name) for name in ("strength", "value", "mode", "draw") if name in content}
         made = cls.of(
-            experts if "experts" in content or (table is None and "experts" in cls.fields) else None,
+            said.experts if "experts" in content or (table is None and "experts" in cls.fields) else None,
             table=table,
+            function=function_of(content),
             **given,
         )
-        layers = content.get("layers")
         return replace(
             made,
-            layers=None if layers is None else _layers(layers),
-            groups=as_groups(content.get("groups")),
-            phase=as_phase(content.get("phase")),
-            positions=as_positions(content.get("positions")),
-            absent=content.get("absent", False),
+            layers=None if said.layers is None else _layers(said.layers),
+            groups=as_groups(said.groups),
+            phase=said.phase,
+            positions=as_positions(said.positions),
+            absent="absent" in content and said.absent,
         ).checked()
 
     def __str__(self) -> str:
@@ -453,38 +473,34 @@ class Rule(ABC):
         return "; ".join(conditions)
 
 
-_NEEDED = {"experts": "experts", "value": "a value", "table": "a table"}  # a rule has one of them
+# a rule has one of them
+_NEEDED = {"experts": "experts", "value": "a value", "table": "a table", "function": "a function"}
 _CONDITIONS = ("layers", "groups", "phase", "positions")
-_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
-    "strength": ((int, float), "a number"),
-    "value": ((int, float), "a number"),
-    "mode": ((str,), "one of its modes"),
-    "absent": ((bool,), "true or false"),
-    "draw": ((int,), "a whole number"),
+_KEYS: Mapping[str, Any] = {  # of a rule in a file
+    "experts": Mapping[Natural, tuple[Natural, ...] | Mapping[Natural, float]],
+    "strength": float,
+    "value": float,
+    "mode": str,
+    "layers": Natural | tuple[Natural, ...] | None,
+    "groups": str | tuple[str, ...] | None,
+    "phase": Literal[PHASES] | None,  # type: ignore[valid-type]
+    "positions": Natural | tuple[Natural | tuple[Natural, Natural | None], ...] | None,
+    "absent": bool,
+    "draw": int | None,
+    "table": str,
+    "function": str,
+    "source": str,
 }
+RuleContent = Annotated[Any, Tagged("kind", lambda: {kind: rule.declared() for kind, rule in KINDS.items()})]
+"""A rule of any kind, in a file."""
 
 
-def _is(value: Any, types: tuple[type, ...]) -> bool:
-    """Whether a value is of one of the types; a bool is no number."""
-    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+def rule_of(content: Mapping[str, Any], said: Any, tables: Mapping[str, SequenceTable]) -> Rule:
+    """The checked rule of ``content``, as ``Rule.to_dict`` gives it; ``said`` is what was read of it (`RuleContent`).
 
-
-def rule_from_dict(content: Mapping[str, Any], tables: Mapping[str, SequenceTable] | None = None) -> Rule:
-    """Rebuild a rule from ``Rule.to_dict`` and check it; raises ``PlanError`` for anything else.
-
-    ``tables``: the tables of values per token, by the names that the content uses.
+    ``tables``: the tables of values per token, by the names that the content uses. Raises ``PlanError``.
     """
-    try:
-        kind = content["kind"]
-        if kind not in KINDS:
-            near = get_close_matches(str(kind), KINDS, n=1)
-            fix = f'did you mean "{near[0]}"?' if near else "upgrade moe-route"
-            raise PlanError(f"this version knows no {kind!r} rule: {fix}")
-        return KINDS[kind].read(content, tables or {})
-    except PlanError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise PlanError(f"this is not a rule of a plan ({error!r}): pass what to_dict gave") from error
+    return KINDS[said.kind].made(content, said, tables)
 
 
 def power(factor: float, strength: float, kind: str) -> float:

@@ -4,18 +4,45 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any
 
 import numpy as np
 
 from moe_route.base import files
-from moe_route.base.table import Table, data_frame, number_of
+from moe_route.base.schema import Kind, Natural
+from moe_route.base.table import Table, data_frame, number_of, printable
 from moe_route.steering.layers import as_layers, show_numbers
-from moe_route.steering.model import PlanModel
+from moe_route.steering.model import PlanFileError, PlanModel
 
 _KIND = "selection"
 _SHOWN = 16  # number of layers that repr lists
+
+
+@dataclass(frozen=True)
+class SelectionContent:
+    """A selection of experts.
+
+    Attributes:
+        experts: MoE layer, counted from 0 -> experts.
+        scores: layer -> expert -> score by which it was selected; may be missing or partial.
+        threshold: that was applied to the scores.
+        description: where the selection comes from, on one line.
+        num_experts: experts per layer, one number for all layers or one for each.
+        model: the model that the selection is for; without it, any model.
+    """
+
+    experts: Mapping[Natural, tuple[Natural, ...]]
+    scores: Mapping[Natural, Mapping[Natural, float]] = field(default_factory=dict)
+    threshold: float | None = None
+    description: str = ""
+    num_experts: Natural | tuple[Natural, ...] | None = None
+    model: PlanModel = field(default_factory=PlanModel)
+
+
+SELECTION = Kind(_KIND, SelectionContent)
+"""Files of selections."""
 
 
 def random_permutation(seed: int, layer: int, num_experts: int) -> np.ndarray:
@@ -232,22 +259,15 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ExpertSelection:
         """Rebuild a selection from ``to_dict``; raises ``ValueError`` for anything else."""
+        return cls._of_content(content, "the selection", ValueError)
+
+    @classmethod
+    def _of_content(cls, content: Any, source: str, error: type[ValueError]) -> ExpertSelection:
+        said = SELECTION.read(content, source, error)
         try:
-            return cls(
-                {_whole(layer): ids for layer, ids in content["experts"].items()},
-                scores={
-                    _whole(layer): {_whole(expert): score for expert, score in of.items()}
-                    for layer, of in content.get("scores", {}).items()
-                },
-                threshold=content.get("threshold"),
-                description=content.get("description", ""),
-                num_experts=content.get("num_experts"),
-                model=PlanModel(**content.get("model", {})),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"this is not an expert selection ({error}): pass what ExpertSelection.to_dict gave"
-            ) from error
+            return cls(**vars(said))
+        except ValueError as problem:
+            raise error(f"{source}: {problem}") from problem
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the selection to ``path``, whole or not at all.
@@ -264,15 +284,15 @@ class ExpertSelection(Mapping[int, tuple[int, ...]]):
         """Read a file that ``save`` wrote; its name tells the format. JSON may have been edited.
 
         Experts that were added by hand have no score. Raises ``files.FileRefusedError`` for a file that is not a
-        selection, and ``ValueError`` for experts that the model does not have.
+        selection, and ``PlanFileError``, which is one, for keys, values and experts that it cannot have.
         """
-        return cls.from_dict(files.read_json(path, _KIND) if files.is_json(path) else files.read(path, _KIND)[1])
+        content = files.read_json(path, _KIND) if files.is_json(path) else files.read(path, _KIND)[1]
+        return cls._of_content(content, os.fspath(path), PlanFileError)
 
     def __repr__(self) -> str:
         title, rows, rest = self._shown()
-        return "\n".join(
-            [title, *(f"  layer {layer}: {experts}" for layer, experts in rows), *([f"  {rest}"] if rest else [])]
-        )
+        lines = [title, *(f"  layer {layer}: {experts}" for layer, experts in rows), *([f"  {rest}"] if rest else [])]
+        return printable("\n".join(lines))
 
     def _repr_html_(self) -> str:
         title, rows, rest = self._shown()
@@ -301,14 +321,6 @@ def _layers(layers: Sequence[int]) -> str:
 def _note(selection: ExpertSelection) -> str:
     threshold = "" if selection.threshold is None else f", threshold {selection.threshold:g}"
     return threshold + (f", {selection.description}" if selection.description else "")
-
-
-def _whole(text: str) -> int:
-    """A layer or an expert from a key of JSON."""
-    try:
-        return int(text)
-    except ValueError:
-        raise TypeError(f"{text!r} is not the number of a layer or an expert") from None
 
 
 def _shape(num_experts: int | Sequence[int]) -> int | tuple[int, ...]:

@@ -6,15 +6,17 @@ A sequence is found by its item or by its batch row.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from operator import index
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from moe_route.base import files
+from moe_route.base.schema import Natural
 from moe_route.steering.layers import show_numbers
-from moe_route.steering.model import PlanError, refuse_unknown
+from moe_route.steering.model import PlanError
 
 Item = str | int
 Key = tuple[Item, str | None]
@@ -172,14 +174,6 @@ class SequenceTable(ABC):
             "keys": None if self.keys is None else [list(key) for key in self.keys],
         }
         return content | ({"constant": True} if self.constant else {})
-
-    @classmethod
-    def of_header(cls, values: Any, header: Mapping[str, Any]) -> SequenceTable:
-        """Rebuild a table from ``values`` (an array, or lists) and its ``header``."""
-        known = {"lengths", "layers", "keys", "constant", "field", cls.field}
-        refuse_unknown(header, known, "a table of values per token")
-        constant = header.get("constant", False)
-        return cls(np.asarray(values), header["lengths"], header["layers"], header["keys"], constant=constant)
 
     def to_list(self) -> Any:
         """The values as lists that JSON can hold; NaN becomes None."""
@@ -477,7 +471,36 @@ class ScoreTable(SequenceTable):
         return cls(flat[:, order], lengths, names, as_keys(items), constant=per == "sequence")
 
 
-def table_of(header: Mapping[str, Any]) -> SequenceTable:
-    """The table of ``header``, which holds its values by the name of their kind."""
-    kind = ScoreTable if ScoreTable.field in header else ReplayTable
-    return kind.of_header(header[kind.field], header)
+@dataclass(frozen=True)
+class TableContent:
+    """Values for each token of some sequences, one sequence after another: ids to replay, or scores.
+
+    Attributes:
+        lengths: number of tokens of each sequence.
+        layers: the MoE layers, in increasing order; null for all.
+        keys: item and group of each sequence; null if sequence i is row i of the batch.
+        constant: whether each sequence has one row of values, for all of its tokens.
+        field: which values a safetensors file holds.
+        ids: experts [token, layer, slot].
+        scores: scores [token, layer, expert]; null for a token without any.
+    """
+
+    lengths: tuple[Natural, ...]
+    layers: tuple[Natural, ...] | None
+    keys: tuple[tuple[str | int, str | None], ...] | None
+    constant: bool = False
+    field: Literal["ids", "scores"] | None = None
+    ids: Any = None
+    scores: Any = None
+
+
+def table_of(content: TableContent) -> SequenceTable:
+    """The table of what a file says. Raises ``PlanError`` where its values are no array of the sequences."""
+    if (content.ids is None) is (content.scores is None):
+        raise PlanError("a table of values per token holds either ids or scores")
+    kind, values = (ReplayTable, content.ids) if content.scores is None else (ScoreTable, content.scores)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise PlanError(f"the {kind.field} of a table are no array: their rows differ in length") from error
+    return kind(array, content.lengths, content.layers, content.keys, constant=content.constant)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from harness.routing_data import FOLDER, esft, esft_ids, needs_data, published_routing
+from harness.routing_data import FOLDER, esft, esft_ids, needs_data, published_routing, routing
 from harness.tiny_models import tiny_model, tokens
 from hypothesis import given
 from hypothesis import strategies as st
@@ -718,6 +718,24 @@ def test_original_entropy_rule():
     }
 
 
+@pytest.mark.parametrize(("share", "percentile"), [(0.13, 95), (0.27, 93), (0.065, 61.3)])
+def test_the_original_entropy_rule_rounds_as_its_authors_do(share, percentile):
+    """LAPE in torch: the bar is the value at a rounded place, and the number of experts is rounded, not cut off."""
+    frequency = np.random.default_rng(3).dirichlet(np.full(11, 0.4), (3, 5))
+    values = torch.from_numpy(frequency).permute(1, 2, 0)  # layer, expert, language
+    bar = values.flatten().kthvalue(round(values.numel() * percentile / 100)).values
+    entropy = torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1)
+    entropy[(values > bar).sum(-1) == 0] = torch.inf
+    lowest = set(entropy.flatten().topk(round(entropy.numel() * share), largest=False).indices.tolist())
+    expected = {
+        group: {(cell // 11, cell % 11) for cell in lowest if values[cell // 11, cell % 11, g] > bar}
+        for g, group in enumerate(GROUPS)
+    }
+    found = analysis.entropy_experts(table(frequency), share=share, percentile=percentile)
+    assert {group: set(experts.pairs) for group, experts in found.items()} == expected
+    assert round(55 * share) != int(55 * share) or round(165 * percentile / 100) != 165 * percentile / 100
+
+
 def test_equal_count_entropy_rule():
     frequency = np.full((3, 1, 8), 0.01)
     frequency[0, 0, 1] = frequency[1, 0, 2] = frequency[2, 0, 3] = 0.9
@@ -885,13 +903,65 @@ def test_results_are_jsonable_and_tidy(stats):
         assert len(repr(result).splitlines()) > 2
     frame = div.to_pandas()
     columns = ["group", "reference", "layer", "router", "divergence", "undefined", "floor", "reference_floor", "tokens"]
-    assert list(frame.columns) == columns
+    assert list(frame.columns) == [*columns, "jsd", "load_entropy"]
     assert frame.loc[(frame.group == "bn") & (frame.layer == 1), "divergence"].item() == div.of("bn")[1]
     matrix = analysis.divergence_matrix(stats).to_pandas()
     assert matrix.layer.tolist() == [layer for layer in range(LAYERS) for _ in range(9)]
     assert set(matrix.router) == set(stats.layers)
     many = Divergence(np.random.default_rng(0).random((2, 48)), ("a", "b"), "en", tuple(map(str, range(48))))
     assert max(map(len, repr(many).splitlines())) < 100
+
+
+def jsd_of(q1, q2):
+    return entropy_of((q1 + q2) / 2) - (entropy_of(q1) + entropy_of(q2)) / 2
+
+
+@pytest.mark.parametrize("pairing", ["paired", "pooled"])
+def test_the_divergence_in_nats_and_the_evenness_of_the_load_stand_beside_it(stats, found, pairing):
+    div = analysis.divergence(stats, "en", pairing=pairing, by="sequence" if pairing == "paired" else "token")
+    shares = {key: counts / counts.sum(-1, keepdims=True) for key, counts in found.items()}
+    pooled = {group: sum(c for (_, g), c in found.items() if g == group) for group in GROUPS}
+    pooled = {group: counts / counts.sum(-1, keepdims=True) for group, counts in pooled.items()}
+    for g, group in enumerate(("sw", "bn")):
+        for layer in range(LAYERS):
+            pairs = [(shares[i, "en"], shares[i, group]) for i in range(ITEMS)]
+            pairs = pairs if pairing == "paired" else [(pooled["en"], pooled[group])]
+            expected = np.mean([jsd_of(one[layer], other[layer]) for one, other in pairs])
+            assert div.jsd[g, layer] == pytest.approx(expected, abs=1e-6)  # kept in float32
+    for layer, size in enumerate(SIZES):
+        entropies = [entropy_of(pooled[group][layer]) / np.log(size) for group in GROUPS]
+        assert div.load_entropy[layer] == pytest.approx(np.mean(entropies), abs=1e-12)
+    assert analysis.divergence(stats, "en", measure="cosine").jsd is None
+
+
+def test_layers_with_an_even_load_are_marked():
+    rng = np.random.default_rng(1)
+    one, other = rng.dirichlet(np.full(8, 0.5), (2, 4))
+    one[2], other[2] = (1 / 8 + rng.uniform(-0.005, 0.005, 8) for _ in range(2))
+    div = analysis.divergence(one, other)
+    assert div.even_layers == (2,)
+    assert div.to_dict()["even_layers"] == [2]
+    assert div.jsd[0, 2] < 0.001 < 0.1 < div.values[0, 2]
+    head = repr(div).splitlines()[1]
+    assert head.split() == ["layer", "0", "1", "2*", "3", "nats"]
+    assert "nats, not normalized" in repr(div)
+    bands = [patch for patch in mr.plots.divergence(div).patches if patch.get_hatch()]
+    assert [(band.get_x(), band.get_width()) for band in bands] == [(1.5, 1.0)]
+    assert "*" not in repr(analysis.divergence(one[:2], other[:2]))
+
+
+@needs_data
+@pytest.mark.data
+def test_the_published_counts_of_mixtral_are_marked():
+    """Its load is even, so that .553 of the greatest divergence is a thousandth of a nat."""
+    domains = []
+    for domain in ("c4", "arxiv"):
+        content = json.loads(routing("olmoe", "mistral", "expert_counts", f"{domain}.json").read_text("utf-8"))
+        domains.append([[layer.get(str(e), 0) for e in range(8)] for layer in content.values()])
+    div = analysis.divergence(*np.array(domains, float))
+    np.testing.assert_allclose(div.values[0], [0.179, 0.553, 0.160], atol=5e-4)
+    np.testing.assert_allclose(div.jsd[0], [0.00108, 0.00119, 0.00352], atol=5e-6)
+    assert div.even_layers == (0, 1, 2)
 
 
 def test_results_show_themselves_in_a_notebook(stats):

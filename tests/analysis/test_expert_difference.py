@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from harness.kept_sequences import random_counts, statistics_of
 
+import moe_route as mr
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
 from moe_route.analysis.resampling import Sequences, draw_together, resampled_statistics
@@ -207,3 +208,101 @@ def test_the_result_shows_itself(task, general):
     assert "9 and 12 items (0 shared)" in repr(found)
     assert all(float(p) > 0 for row in found.tables()[0].rows for p in row[-2:])  # no p-value is shown as 0
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+# ---- what else differs, and digits matched
+
+
+def traced(rng, lengths, share, prefer):
+    """A trace of one layer of 4 experts, top-1, of token ids 0 to 9 (digits below 5): expert 3 takes digits."""
+    tokens = [np.where(rng.random(n) < share, rng.integers(0, 5, n), rng.integers(5, 10, n)) for n in lengths]
+    token = np.concatenate(tokens)
+    ids = np.where(token < 5, 3, np.where(rng.random(len(token)) < prefer, 1, 0))
+    return mr.Trace(
+        layers=("gate",),
+        layer_numbers=(2,),
+        groups=("en",),
+        items=tuple(range(len(lengths))),
+        sequence=np.repeat(np.arange(len(lengths)), lengths).astype(np.int32),
+        group=np.zeros(len(token), np.int32),
+        position=np.concatenate([np.arange(n) for n in lengths]).astype(np.int32),
+        token=token.astype(np.int32),
+        phase=np.zeros(len(token), np.uint8),
+        ids=ids[:, None, None].astype(np.int8),
+        weights=np.ones((len(token), 1, 1), np.float32),
+    )
+
+
+CLASSES = ["digit"] * 5 + ["latin"] * 4 + ["punctuation"]
+
+
+@pytest.mark.parametrize("by", ["token", "sequence"])
+def test_matched_digits_are_compared_among_themselves(by):
+    rng = np.random.default_rng(0)
+    task = traced(rng, [8, 20, 31], 0.6, 0.9)
+    plain = traced(rng, [15, 4, 40, 22], 0.1, 0.2)
+    found = mr.analysis.task_experts(task, plain, threshold=-2.0, by=by, matched="digits", classes=CLASSES)
+
+    def of_class(trace, digit):
+        """Frequencies of the experts at tokens of one class, and the share of the class."""
+        rows = [trace.sequence == s for s in range(len(trace.items))] if by == "sequence" else [trace.sequence >= 0]
+        kept = [row & ((trace.token < 5) == digit) for row in rows]
+        seen = [trace.ids[k, 0, 0] for k in kept if k.any()]
+        frequency = np.mean([[np.mean(ids == e) for e in range(4)] for ids in seen], axis=0)
+        return frequency, np.mean([k.sum() / row.sum() for k, row in zip(kept, rows, strict=True)])
+
+    expected = np.zeros(4)
+    for digit in (True, False):
+        frequency, share = of_class(task, digit)
+        expected += share * (frequency - of_class(plain, digit)[0])
+    scores = found.scores[2]
+    np.testing.assert_allclose([scores[e] for e in range(4)], expected, atol=1e-12)
+    assert abs(scores[3]) < 1e-12, "the expert of digits is no expert of the task"
+    assert scores[1] > 0.2
+    unmatched = [np.mean(t.ids == 3) for t in (task, plain)]
+    assert unmatched[0] - unmatched[1] > 0.3
+    assert f"digits {np.mean(task.token < 5):.1%} / {np.mean(plain.token < 5):.1%}" in found.description
+    assert f"tokens per text {59 / 3:.1f} / {81 / 4:.1f}" in found.description
+
+
+def test_matched_digits_refuse_with_the_mend(task):
+    rng = np.random.default_rng(0)
+    some, none = traced(rng, [9], 0.5, 0.5), traced(rng, [9], 0.0, 0.5)
+    arguments = {"threshold": 0.1, "matched": "digits", "classes": CLASSES}
+    with pytest.raises(AnalysisError, match="baseline has no digits"):
+        mr.analysis.task_experts(some, none, **arguments)
+    with pytest.raises(AnalysisError, match="classes=token_classes"):
+        mr.analysis.task_experts(some, none, threshold=0.1, matched="digits")
+    with pytest.raises(AnalysisError, match='matched="digits"'):
+        mr.analysis.task_experts(some, none, threshold=0.1)
+    with pytest.raises(AnalysisError, match="give a Trace"):
+        mr.analysis.task_experts(task, task, **arguments)
+
+
+def test_what_else_differs_is_counted_when_texts_are_recorded():
+    language_model = mr.LanguageModel.load()
+    tokenizer = language_model.tokenizer
+    texts = {"task": ["7 + 12 = 19.", "It is 3, or 4."], "plain": ["She reads a long book, slowly.", "No."]}
+    made = []
+    with language_model.attach() as routed:
+        for name in texts:
+            with routed.record() as recorder:
+                work = [mr.data.batches.Text("en", str(i), text) for i, text in enumerate(texts[name])]
+                for one in work:  # in two calls, whose numbers add up
+                    mr.record_texts(recorder, language_model, [one])
+            made.append(recorder.statistics())
+    expected = {}
+    for name, sentences in texts.items():
+        ids = [i for text in sentences for i in tokenizer(text)["input_ids"]]
+        shown = [tokenizer.decode([i]).strip() for i in ids]
+        expected[name] = sum(text.isdigit() for text in shown) / len(ids), len(ids) / len(sentences)
+    experts = mr.analysis.task_experts(*made, threshold=0.1)
+    assert expected["task"][0] > 0.2
+    assert f"digits {expected['task'][0]:.1%} / {expected['plain'][0]:.1%}" in experts.description
+    assert f"tokens per text {expected['task'][1]:.1f} / {expected['plain'][1]:.1f}" in experts.description
+    both = (made[0] + made[1]).metadata["token_classes"]["en"]
+    assert sum(both.values()) == made[0].tokens().max() + made[1].tokens().max()
+    risk = mr.analysis.risk_experts(*made, top_n=3)
+    assert "what else differs" in risk.activate.description
+    made[1].metadata.pop("token_classes")
+    assert "digits not recorded" in mr.analysis.task_experts(*made, threshold=0.1).description

@@ -384,7 +384,7 @@ class TestTheProgram:
             assert max(map(len, out.splitlines())) <= 120, words
 
     def test_the_number_of_commands(self):
-        assert len(leaves(parser())) == 34
+        assert len(leaves(parser())) == 35
 
     def test_options_of_questions_are_keyword_arguments(self):
         for name, question in QUESTIONS.items():

@@ -159,3 +159,27 @@ def test_plans_are_shared(answer: Any, moe_route: Any, tmp_path: Path, monkeypat
 
 
 PLAN = Plan.forbid({1: [2]})
+
+
+def test_a_plan_that_reaches_nothing_says_so_in_a_line(moe_route, tmp_path: Path):
+    Plan.activate({0: [1]}).only(groups="swh_Latn").save(tmp_path / "plan.json")
+    texts = ("--languages", "eng_Latn,deu_Latn", "--limit", "2", "--batch-size", "2")
+    steer = ("steer", "--plan", tmp_path / "plan.json")
+    record = ("record", "--out", tmp_path / "a.safetensors", "--plan", tmp_path / "plan.json")
+    folder = ("record", "--out", tmp_path / "folder", "--plan", tmp_path / "plan.json")
+    report = ("report", "--out", tmp_path / "a.html", "--plan", tmp_path / "plan.json")
+    twice = (*steer, *texts, "--strengths", "1,2")
+    # the folder is complete when it is recorded again: what it holds is looked at
+    for command in (
+        (*steer, *texts),
+        twice,
+        (*record, *texts),
+        (*folder, *texts),
+        (*folder, *texts),
+        (*report, *texts),
+    ):
+        code, _, err = moe_route(*command)
+        assert code == 0
+        (line,) = [line for line in err.splitlines() if "reached no token" in line]
+        assert line.startswith("moe-route: ")
+        assert "eng_Latn" in line

@@ -159,3 +159,34 @@ def test_pictures_with_floor_and_intervals(answer, moe_route, general, files, tm
     refused(moe_route("plot", "divergence", general, "--out", tmp_path / "e.svg", "--by-script", "--floor"), "--floor")
     refused(moe_route("plot", "entropy", general, "--out", tmp_path / "e.svg", "--floor"), "takes no --floor")
     assert moe_route("plot", "divergence", general, "--out", tmp_path / "e.svg", "--interval", "3")[0] == 2
+
+
+def test_recordings_answers_and_checkpoints_are_compared(answer, moe_route, general, tmp_path):
+    other, third = tmp_path / "other.safetensors", tmp_path / "third.safetensors"
+    for path, plan in ((other, mr.Plan.activate({2: [5]}, strength=2.0)), (third, mr.Plan.forbid({2: [5]}))):
+        plan.save(tmp_path / "plan.json")
+        arguments = ["--languages", "eng_Latn,deu_Latn", "--limit", "12", "--plan", str(tmp_path / "plan.json")]
+        assert main(["record", "--out", str(path), *arguments]) == 0
+    statistics = [mr.RoutingStatistics.load(path) for path in (general, other, third)]
+    picture = tmp_path / "moved.png"
+    found = answer("analyze", "compare", general, other, "--groups", "deu_Latn", "--picture", picture)
+    expected = analysis.compare(*statistics[:2], groups=["deu_Latn"])
+    np.testing.assert_allclose(found["values"], expected.values)
+    assert found["moved"]["deu_Latn"][0][:2] == [2, 5]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = answer("analyze", "compare", general, other, third)
+    expected = analysis.checkpoint_series(dict(zip(("general", "other", "third"), statistics, strict=True)))
+    np.testing.assert_allclose(found["specialization"], expected.specialization)
+    lines = [
+        json.dumps({"item": str(n), "language": group, "correct": {"exact": group == "eng_Latn" or n % 2 == 0}})
+        for n in range(6)
+        for group in ("eng_Latn", "deu_Latn")
+    ]
+    (tmp_path / "base.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert answer("analyze", "compare", tmp_path / "base.jsonl")["counts"] == [[3, 3, 0, 0]]
+    refused(moe_route("analyze", "compare", general), "recordings or more")
+    refused(moe_route("analyze", "compare", general, other, "--phase", "prefill"), "leave it out")
+    found = answer("analyze", "layers", general, "--of", "narrowing", "--reference", "deu_Latn")
+    np.testing.assert_allclose(found["against"], analysis.narrowing(statistics[0], "deu_Latn").against)
+    found = answer("analyze", "layers", general, "--of", "specialization")
+    np.testing.assert_allclose(found["specialization"], analysis.specialization(statistics[0]))

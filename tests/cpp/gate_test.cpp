@@ -3,11 +3,15 @@
 // argument multiplies the number of random problems.
 #include "moe_route/gate.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -872,6 +876,211 @@ void test_instruction_sets(int problems) {
   }
 }
 
+// ---- blocks of rows -----------------------------------------------------------------------------
+
+// Memory that ends where none is mapped: a read past the last row faults.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes)
+      : page_(size_t(sysconf(_SC_PAGESIZE))), size_((bytes + page_ - 1) / page_ * page_) {
+    map_ = static_cast<char*>(
+        mmap(nullptr, size_ + page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (map_ == MAP_FAILED || mprotect(map_ + size_, page_, PROT_NONE) != 0) std::abort();
+    begin_ = map_ + size_ - bytes;
+  }
+  ~Guarded() { munmap(map_, size_ + page_); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  void* begin() const { return begin_; }
+
+ private:
+  size_t page_, size_;
+  char *map_, *begin_;
+};
+
+enum class Neighbour { kNormal, kTied, kNaN, kPartlyNaN, kInfinite, kLowest, kHuge, kPadding };
+
+float neighbour_logit(Neighbour kind, int e, Random& g) {
+  switch (kind) {
+    case Neighbour::kTied:
+      return float(below(g, 3));
+    case Neighbour::kNaN:
+      return kNaN;
+    case Neighbour::kPartlyNaN:
+      return one_in(g, 2) ? kNaN : normal(g);
+    case Neighbour::kInfinite:
+      return one_in(g, 3) ? kInf : one_in(g, 2) ? -kInf : normal(g);
+    case Neighbour::kLowest:
+      return e == 1 ? normal(g) : -kInf;
+    case Neighbour::kHuge:
+      return one_in(g, 2) ? 3e38f : -0.0f;
+    default:
+      return normal(g);
+  }
+}
+
+// How a model routes, and what is counted of it.
+struct Routing {
+  Score score;
+  Order order;
+  Renormalize renormalize;
+  bool correction;
+  uint32_t planes;
+  uint32_t steering;
+};
+constexpr uint32_t kAll = kCounts | kMass | kWeight | kShare | kNaturalCounts;
+const Routing kRoutings[] = {
+    {Score::kSoftmax, Order::kScoreThenTopK, Renormalize::kSum, false, kAll, 0},
+    {Score::kSoftmax, Order::kScoreThenTopK, Renormalize::kNone, false, kAll, 0},
+    {Score::kSoftmax, Order::kTopKThenScore, Renormalize::kNone, false, kCounts, 0},
+    {Score::kSigmoid, Order::kScoreThenTopK, Renormalize::kSum, true, kAll, 0},
+    {Score::kSigmoid, Order::kScoreThenTopK, Renormalize::kClamp, false, kCounts | kMass, 0},
+    {Score::kSqrtSoftplus, Order::kScoreThenTopK, Renormalize::kSum, false, kAll, 0},
+    {Score::kSoftmax, Order::kScoreThenTopK, Renormalize::kSum, false, kAll, kBias | kStd | kMagnitude},
+    {Score::kSoftmax, Order::kScoreThenTopK, Renormalize::kSum, false, kCounts | kMass, kForce},
+    {Score::kSigmoid, Order::kScoreThenTopK, Renormalize::kSum, true, kAll, kScale | kStd | kForce},
+};
+
+Problem block_problem(Shape shape, int tokens, const Routing& routing, Neighbour kind, Random& g) {
+  Problem p;
+  GateArgs& a = p.args;
+  a.experts = shape.experts, a.k = shape.k, a.tokens = tokens;
+  a.spec.score = routing.score, a.spec.order = routing.order, a.spec.renormalize = routing.renormalize;
+  if (routing.renormalize == Renormalize::kClamp) a.spec.eps = 0.5f, a.spec.scale = 2.5f;
+  for (int e = 0; e < a.experts; ++e) p.correction.push_back(0.3f * normal(g));
+  if (routing.correction) a.correction_bias = p.correction.data();
+  for (int i = 0; i < tokens * a.experts; ++i) p.logits.push_back(normal(g));
+  for (int t = 0; t < tokens; ++t) {
+    if (one_in(g, 2)) continue;
+    for (int e = 0; e < a.experts; ++e) p.logits[size_t(t * a.experts + e)] = neighbour_logit(kind, e, g);
+  }
+  a.statistics.num_groups = 2, a.statistics.num_segments = 2;
+  a.statistics.planes = routing.planes, a.statistics.entropy = routing.planes != kCounts;
+  if (routing.steering != 0) {
+    a.steering.rows = 2, a.steering.planes = routing.steering;
+    for (uint32_t bit = 1; bit <= kForce; bit <<= 1) {
+      for (int i = 0; (routing.steering & bit) && i < 2 * a.experts; ++i) {
+        const bool one = one_in(g, 3);
+        p.tables.push_back(bit == kForce   ? (one_in(g, 6) ? float(below(g, 8) - 4) : 0.0f)
+                           : bit == kScale ? (one ? 1.5f : 1.0f)
+                                           : (one ? normal(g) : 0.0f));
+      }
+    }
+    // Planes of a row stand together.
+    const size_t planes = size_t(__builtin_popcount(routing.steering)), experts = size_t(a.experts);
+    std::vector<float> by_row;
+    for (size_t row = 0; row < 2; ++row) {
+      for (size_t plane = 0; plane < planes; ++plane) {
+        const auto from = p.tables.begin() + std::ptrdiff_t((2 * plane + row) * experts);
+        by_row.insert(by_row.end(), from, from + std::ptrdiff_t(experts));
+      }
+    }
+    p.tables = by_row;
+    a.steering.tables = p.tables.data();
+  }
+  return p;
+}
+
+// Labels of all rows: alike, or changing; rows of padding between them.
+void label_rows(Problem& p, bool alike, bool padding, Random& g) {
+  const int steered = int(p.args.steering.rows);
+  for (int64_t t = 0; t < p.args.tokens; ++t) {
+    const int32_t mixed[] = {below(g, steered + 1) - 1, below(g, 3) - 1, below(g, 3) - 1, 1};
+    const int32_t same[] = {steered - 1, 1, 0, 1};
+    const int32_t* token = alike ? same : mixed;
+    p.tokens.insert(p.tokens.end(), token, token + kTokenColumns);
+    if (padding && one_in(g, 4)) p.tokens.back() = 0;
+  }
+  p.args.token_table = p.tokens.data();
+}
+
+const Shape kBlockShapes[] = {{8, 2},   {8, 1},   {6, 3},   {16, 2},   {16, 4},  {13, 1},
+                              {32, 4},  {27, 3},  {60, 4},  {64, 8},   {128, 8}, {128, 11},
+                              {256, 8}, {257, 6}, {40, 16}, {896, 16}, {100, 22}};
+
+// Blocks of every length and kind: the bits of portable, which takes each row by itself, whatever lies beside it.
+void test_blocks() {
+  Random g(17);
+  const DType types[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  int turn = 0;
+  for (const Shape shape : kBlockShapes) {
+    for (int tokens = 1; tokens <= 33; ++tokens) {
+      for (int kind = 0; kind <= int(Neighbour::kPadding); ++kind, ++turn) {
+        const Routing& routing = kRoutings[turn % int(std::size(kRoutings))];
+        Problem p = block_problem(shape, tokens, routing, Neighbour(kind), g);
+        store_logits(p, types[turn % 3], shape.experts + (turn % 2) * 3);
+        const int labels = turn / 2 % 3;
+        if (labels > 0 || p.args.steering.rows > 0)
+          label_rows(p, labels == 1, kind == int(Neighbour::kPadding), g);
+        context = "block E=" + std::to_string(shape.experts) + " k=" + std::to_string(shape.k) +
+                  " T=" + std::to_string(tokens) + " neighbour " + std::to_string(kind) + " routing " +
+                  std::to_string(turn % int(std::size(kRoutings)));
+        const Result portable = run(p, cpu::InstructionSet::kPortable);
+        for (auto set : faster_sets())
+          check(run(p, set) == portable, std::string("bits of ") + cpu::name(set));
+      }
+    }
+  }
+}
+
+// One row at every place of its blocks, beside rows of another kind: what it is alone.
+void test_places(cpu::InstructionSet set) {
+  Random g(23);
+  const std::string what = context;
+  for (const Shape shape : kBlockShapes) {
+    for (int kind = 0; kind < int(Neighbour::kPadding); ++kind) {
+      const Routing& routing = kRoutings[kind % 6];
+      Problem alone = block_problem(shape, 1, routing, Neighbour(kind), g);
+      store_logits(alone, DType::kFloat32, shape.experts);
+      const Result expected = run(alone, set);
+      Problem p = block_problem(shape, 33, routing, Neighbour((kind + 3) % int(Neighbour::kPadding)), g);
+      if (routing.correction)
+        std::copy(alone.correction.begin(), alone.correction.end(), p.correction.begin());
+      const std::vector<float> beside = p.logits;
+      for (int place = 0; place < 33; ++place) {
+        p.logits = beside;
+        std::copy(alone.logits.begin(), alone.logits.end(), p.logits.begin() + place * shape.experts);
+        store_logits(p, DType::kFloat32, shape.experts);
+        const Result r = run(p, set);
+        context = what + " E=" + std::to_string(shape.experts) + " kind " + std::to_string(kind) + " place " +
+                  std::to_string(place);
+        const size_t at = size_t(place * shape.k), k = size_t(shape.k);
+        check(std::equal(expected.ids.begin(), expected.ids.end(), r.ids.begin() + std::ptrdiff_t(at)),
+              "ids");
+        check(std::memcmp(expected.weights.data(), r.weights.data() + at, k * sizeof(float)) == 0, "weights");
+      }
+    }
+  }
+}
+
+// Neither past the last row nor in rows of padding is anything read: there is no memory.
+void test_unmapped(cpu::InstructionSet set) {
+  Random g(29);
+  for (const Shape shape : kBlockShapes) {
+    for (DType type : {DType::kFloat32, DType::kBFloat16}) {
+      for (int tokens : {1, 15, 16, 17, 33}) {
+        Problem p = block_problem(shape, tokens, kRoutings[0], Neighbour::kNormal, g);
+        label_rows(p, true, false, g);
+        store_logits(p, type, shape.experts);
+        const Result expected = run(p, set);
+        const size_t bytes =
+            size_t(tokens * shape.experts) * (type == DType::kFloat32 ? sizeof(float) : sizeof(uint16_t));
+        const Guarded memory(bytes);
+        std::memcpy(memory.begin(), p.args.logits, bytes);
+        p.args.logits = memory.begin();
+        check(run(p, set) == expected, "bits at the end of memory");
+        p.args.tokens += 17;  // padding
+        for (int i = 0; i < 17; ++i) p.tokens.insert(p.tokens.end(), {-1, 1, 0, 0});
+        p.args.token_table = p.tokens.data();
+        const Result padded = run(p, set);
+        check(std::equal(expected.ids.begin(), expected.ids.end(), padded.ids.begin()) &&
+                  padded.groups == expected.groups,
+              "padding behind the end of memory");
+      }
+    }
+  }
+}
+
 // The row-wise hard cases run on every instruction set.
 template <class Test>
 void on_every_set(const char* name, Test test) {
@@ -1111,6 +1320,9 @@ int main(int argc, char** argv) {
   on_every_set("all float16", test_all_float16);
   on_every_set("padding", test_padding_and_empty);
   on_every_set("remap", test_remap);
+  on_every_set("places", test_places);
+  on_every_set("unmapped", test_unmapped);
+  test_blocks();
   test_refusals();
   test_against_oracle(1000 * times);
   test_instruction_sets(1000 * times);

@@ -77,6 +77,23 @@ def test_generation_in_batches_is_generation_alone(questions: list[Question], la
         assert 0 < record["tokens"] <= 5
 
 
+def test_answers_are_cut_at_the_limit_unless_they_end_there(questions: list[Question], language_model: LanguageModel):
+    records = {}
+    for limit in (1, 3, 5):
+        task = prepared("generate", questions[:3], language_model, batch_size=3, max_new_tokens=limit)
+        for record in ask(language_model, task, task.questions):
+            records[record["item"], record["language"], limit] = record
+    for (item, language, limit), record in records.items():
+        longer = records[item, language, 5]
+        assert record["cut"] == (record["tokens"] == limit and (limit == 5 or longer["tokens"] > limit))
+    assert all(records[item, language, 1]["cut"] for item, language, _ in records)
+    assert not any(record["cut"] for (_, _, limit), record in records.items() if limit == 5 > record["tokens"])
+    stopped = prepared("generate", questions[:3], language_model, batch_size=3, max_new_tokens=1)
+    until = tuple(record["output"] for (_, _, limit), record in records.items() if limit == 1)
+    stopped = replace(stopped, source=replace(stopped.source, until=until))
+    assert not any(record["cut"] for record in ask(language_model, stopped, stopped.questions))
+
+
 def test_a_chat_template_is_rendered_once(questions: list[Question], language_model: LanguageModel):
     chat = ChatSettings(template=True, add_special_tokens=False, answer_prefix="final: ")
     source = TaskSource("problems")

@@ -20,9 +20,11 @@ from moe_route.evaluation import (
     StudyError,
     evaluate,
     pipeline,
+    read_study,
 )
 from moe_route.evaluation.measure import AskedTask
 from moe_route.evaluation.pipeline import STAGES
+from moe_route.evaluation.report import markdown
 from moe_route.evaluation.results import _task_results
 from moe_route.report import read as read_inputs
 from moe_route.runs.language_model import LanguageModel
@@ -291,6 +293,51 @@ def test_without_a_sweep_all_items_are_reported(
         for r in (done.results, undisturbed.results)
     )
     assert mine == whole
+
+
+def test_a_study_that_steers_nothing_correlates_divergence_with_scores(language_model: LanguageModel, tmp_path: Path):
+    languages = ("eng_Latn", "deu_Latn", "fra_Latn", "swh_Latn")
+    (tmp_path / "belebele").mkdir()
+    for language in languages:
+        row = {"link": "a", "question_number": 1, "flores_passage": "A.", "question": "B?", "correct_answer_num": "2"}
+        rows = [{**row, **{f"mc_answer{i}": str(i + n) for i in (1, 2, 3, 4)}, "link": str(n)} for n in range(3)]
+        text = "\n".join(json.dumps(one) for one in rows)
+        (tmp_path / "belebele" / f"{language}.jsonl").write_text(text, encoding="utf-8")
+    changes = {
+        "model": {"id": "demo"},
+        "chat": {"template": False, "add_special_tokens": True},
+        "corpora.general": {"format": "shipped", "languages": list(languages), "limit": 3},
+        "tasks.belebele.languages": list(languages),
+    }
+    study = read_study("qwen3-30b-a3b-belebele", changes)
+    done = evaluate(study, tmp_path / "results", data=tmp_path, language_model=language_model)
+    assert set(done.stages) == {"record", "evaluate", "analyze", "report"}
+    results = done.results["results"]
+    assert set(results["conditions"]) == {"base", "base again"}
+    assert set(results["routing"]["correlation"]["belebele"]["scores"]) == set(languages[1:])
+    assert "Correlation of divergence with accuracy in belebele" in done.report
+    assert not (tmp_path / "results" / "record" / "task.safetensors").exists()
+
+
+def test_answers_that_hit_the_limit_are_told_by_language(undisturbed: Evaluation, small: Study):
+    (generated,) = (task for task in undisturbed.results["results"]["tasks"].values() if task["kind"] == "generate")
+    base = generated["comparisons"]["all"]["normalized"]["base"]["hit_the_limit"]
+    lines = [one for one in conditions_of(undisturbed.out)["base"] if one["task"] == "written"]
+    for language in ("eng_Latn", "swh_Latn"):
+        mine = [one for one in lines if one["language"] == language]
+        assert base[language] == sum(one["cut"] for one in mine) / len(mine)
+        assert all(one["tokens"] == 4 for one in mine if one["cut"])
+    content = copy.deepcopy(undisturbed.results)
+    for entry in content["results"]["tasks"]["written"]["comparisons"]["all"]["normalized"].values():
+        entry["hit_the_limit"] = {"eng_Latn": 0.02, "swh_Latn": 0.0}
+    assert "hit the limit" in markdown(content)
+    assert "Warning" not in markdown(content)
+    content["results"]["tasks"]["written"]["comparisons"]["all"]["normalized"]["steered"]["hit_the_limit"] = {
+        "eng_Latn": 0.02,
+        "swh_Latn": 0.45,
+    }
+    assert "swh_Latn 45.0 %" in markdown(content)
+    assert "eng_Latn 2.0 %" not in markdown(content)
 
 
 def test_layers_that_the_model_lacks_are_refused(small: Study, language_model: LanguageModel, tmp_path: Path):

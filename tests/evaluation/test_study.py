@@ -11,15 +11,29 @@ from moe_route.analysis.recipes import RECIPES
 from moe_route.evaluation import StudyError, parse_assignment, read_study, shipped_studies
 
 PUBLISHED = [name for name in shipped_studies() if name != "demo"]
+STEERED = [name for name in PUBLISHED if not name.endswith("-belebele")]
 
 
 def test_there_is_a_recipe_for_each_model_and_task_of_the_paper():
-    assert set(PUBLISHED) == {
-        f"{model}-{task}" for model in ("qwen3-30b-a3b", "phi-3.5-moe", "gpt-oss-20b") for task in ("mgsm", "medical")
-    }
+    models = ("qwen3-30b-a3b", "phi-3.5-moe", "gpt-oss-20b")
+    assert set(STEERED) == {f"{model}-{task}" for model in models for task in ("mgsm", "medical")}
+    assert set(PUBLISHED) - set(STEERED) == {f"{model}-belebele" for model in (*models, "olmoe-1b-7b")}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name in STEERED if name.endswith("-mgsm")])
+def test_answers_with_a_chain_of_thought_have_room(name: str):
+    assert read_study(name).tasks["mgsm"].max_new_tokens >= 2048
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name not in STEERED])
+def test_the_studies_of_the_correlation_steer_nothing(name: str):
+    study = read_study(name)
+    assert study.steer is study.find is study.corpora.task is None
+    assert study.tasks["belebele"].languages == study.corpora.general.languages
+    assert study.corpora.general.split == "dev"  # devtest holds the passages of Belebele
+
+
+@pytest.mark.parametrize("name", STEERED)
 def test_shipped_recipes_are_the_published_settings(name: str):
     study, published = read_study(name), RECIPES[_published_name(name)]
     assert study.model.id == published.model
@@ -55,15 +69,15 @@ def test_the_shipped_model_has_no_revision():
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("steer.strenght", 1.0, "no key steer.strenght: did you mean strength"),
-        ("steer.kind", "harder", "steer.kind is 'harder': choose 'soft' or 'hard'"),
+        ("steer.strenght", 1.0, 'steer has no key "strenght": did you mean "strength"'),
+        ("steer.kind", "harder", 'steer.kind is "harder": give "soft" or "hard"'),
         ("steer.layers", [5], r"steer.layers is \[5\]: give a list"),
         ("steer.layers", [5, 2], "counted upwards from 0"),
-        ("steer.layer_base", True, "steer.layer_base is True"),
-        ("steer.strength", "strong", "steer.strength is 'strong': give a number"),
-        ("steer.strength", float("nan"), "steer: strength is nan"),
-        ("sweep.strength", [0.5, float("inf")], "sweep: strength is inf"),
-        ("sweep.tau", [0.3, float("nan")], "sweep: tau is"),
+        ("steer.layer_base", True, "steer.layer_base is true"),
+        ("steer.strength", "strong", 'steer.strength is "strong": give a number'),
+        ("steer.strength", float("nan"), "steer.strength is NaN: give"),
+        ("sweep.strength", [0.5, float("inf")], r"sweep.strength\[1\] is Infinity"),
+        ("sweep.tau", [0.3, float("nan")], r"sweep.tau\[1\] is NaN"),
         ("seeds.random", -5, "seeds: random and bootstrap are seeds"),
         ("find.top", 0, "find: top is 0"),
         ("find.tau", [], "find: tau is empty"),
@@ -72,10 +86,10 @@ def test_the_shipped_model_has_no_revision():
         ("tasks.sums.limit", 0, "tasks.sums: skip must be 0 or more, and limit 1"),
         ("tasks.sums.format", "mgsm", "tasks.sums: path is missing"),
         ("tasks.sums.path", "x", "leave path out"),
-        ("controls.run", ["nothing"], "there is no control 'nothing'"),
+        ("controls.run", ["nothing"], r'controls.run\[0\] is "nothing": give "before"'),
         ("sweep.task", "other", "sweep.task is 'other': there are sums, written"),
         ("chat.enable_thinking", False, "set template = true"),
-        ("model", {}, r"the study lacks model.id: add it \(a text\)"),
+        ("model", {}, r'demo.toml: model lacks "id": add it \(a text\)'),
         ("corpora.general.format", "flores", "corpora.general: path is missing"),
     ],
 )
@@ -95,6 +109,17 @@ def test_other_names_and_files_are_refused(tmp_path: Path):
     (tmp_path / "broken.toml").write_text("title = ", encoding="utf-8")
     with pytest.raises(StudyError, match="is no TOML file"):
         read_study(tmp_path / "broken.toml")
+
+
+def test_a_study_steers_with_all_that_needs_or_nothing(tmp_path: Path):
+    path = tmp_path / "half.toml"
+    text = shipped_studies()["qwen3-30b-a3b-belebele"].read_text(encoding="utf-8")
+    path.write_text(f"{text}\n[find]\ntau = 0.3\n", encoding="utf-8")
+    with pytest.raises(StudyError, match=r"steer and corpora\.task is missing"):
+        read_study(path)
+    path.write_text(f"{text}\n[sweep]\ntau = [0.3]\n", encoding="utf-8")
+    with pytest.raises(StudyError, match="nothing is steered"):
+        read_study(path)
 
 
 def test_assignments():

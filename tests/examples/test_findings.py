@@ -23,7 +23,7 @@ from moe_route.runs.language_model import LanguageModel
 from moe_route.steering import ExpertSelection, Plan
 
 FINDINGS = Path(__file__).parents[2] / "examples" / "findings"
-MODULES = ("run", "switching", "skill", "depth", "association", "raising", "pictures", "words")
+MODULES = ("run", "switching", "skill", "depth", "association", "raising", "control", "pictures", "words")
 LANGUAGES = ("eng_Latn", "deu_Latn", "jpn_Jpan")
 EXPERTS = ExpertSelection({1: [0], 2: [3, 5], 5: [2], 7: [1, 4]}, num_experts=[16] * 8)
 pytestmark = pytest.mark.skipif(not FINDINGS.is_dir(), reason="examples/ is not here (a source checkout has it)")
@@ -253,7 +253,7 @@ class TestCommand:
         assert "nan" not in text
         assert "Japanese" in text
         assert "6 sentences in 5 languages, 18 problems in 5 of them." in text
-        names = ["task_experts_off", "language_experts_off", "skill", "depth", "association", "raising"]
+        names = ["task_experts_off", "language_experts_off", "skill", "depth", "association", "raising", "control"]
         assert [name for name, _ in made.findings()] == names
         begins = [text.index(f"\n\n{n}. {one.sentence[:20]}") for n, (_, one) in enumerate(made.findings(), 2)]
         assert begins == sorted(begins)

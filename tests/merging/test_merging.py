@@ -459,6 +459,36 @@ class TestRefusals:
             merging.merge([self.base], base=self.base, method="dare")
 
 
+@pytest.mark.parametrize("density", [0.2, 0.55, 1.0])
+def test_ties_trims_the_whole_model_as_published(density: float):
+    """Trim, elect, merge of arXiv 2306.01708 on one long row of all differences, in float64."""
+    pytest.importorskip("peft", reason="needs the extra train")
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (6, 7), "b.weight": (5, 4), "c.bias": (9,)}
+    base = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    sizes = {"a.weight": 0.3, "b.weight": 0.03, "c.bias": 0.1}  # b moves least, and keeps least
+    models = [{n: t + sizes[n] * torch.randn(t.shape, generator=draw) for n, t in base.items()} for _ in range(3)]
+    rows = np.stack([np.concatenate([(m[n] - base[n]).double().numpy().ravel() for n in base]) for m in models])
+    kept = np.argsort(-np.abs(rows), axis=1)[:, : int(density * rows.shape[1])]
+    trimmed = np.zeros_like(rows)
+    np.put_along_axis(trimmed, kept, np.take_along_axis(rows, kept, 1), 1)
+    sign = np.where(trimmed.sum(0) >= 0, 1.0, -1.0)
+    agree = np.sign(trimmed) == sign
+    expected = (trimmed * agree).sum(0) / np.maximum(agree.sum(0), 1)
+
+    def merged(**options: object) -> Tensor:
+        result = merging.merge(models, base=base, method="ties", density=density, **options).state_dict()
+        return torch.cat([(result[n] - base[n]).reshape(-1) for n in base])
+
+    np.testing.assert_allclose(merged(trim="model").numpy(), expected, atol=1e-6)
+    assert torch.equal(merged(), merged(trim="matrix"))
+    assert torch.equal(merged(trim="model"), merged()) == (density == 1.0)
+    with pytest.raises(ValueError, match="does not read trim"):
+        merging.merge(models, base=base, method="dare", trim="model")
+    with pytest.raises(ValueError, match="trim='layer'"):
+        merging.merge(models, base=base, method="ties", trim="layer")
+
+
 def test_dare_draws_the_same_whatever_is_read_first():
     pytest.importorskip("peft", reason="needs the extra train")
     draw = torch.Generator().manual_seed(0)

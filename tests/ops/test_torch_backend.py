@@ -92,7 +92,7 @@ def run(spec: RouterSpec, dtype: torch.dtype) -> None:
             up, down = torch.randn(E, 2 * E, E), torch.randn(E, E, E)
             between = (1, 1, 1.0, 7.0, 1.0)
             OPERATORS.expert_rows(logits, offsets, counts, order, K, up, down, torch.randn(E, 2 * E), None, *between)
-            OPERATORS.expert_activation(up[0], offsets, None, *between)
+            OPERATORS.expert_activation(torch.cat([rows, rows], 1), offsets, None, *between)
     missing = device.used - of_mps()
     assert not missing, f"MPS lacks {sorted(missing)}"
 

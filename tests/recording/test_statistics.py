@@ -457,3 +457,25 @@ def test_sums_that_break_conservation_are_refused(tmp_path: Path) -> None:
     counts[0, 0, 1, 0] = -5
     with pytest.raises(RecordingError, match="negative sum"):
         statistics(("eng",), 5, metrics={**a._metrics, "counts": counts}).verify()
+
+
+def test_what_a_server_says_is_missing_is_refused_unless_asked_for(tmp_path: Path) -> None:
+    def served(counted: int) -> RoutingStatistics:
+        made = RoutingStatistics.from_token_sums(
+            ["a"], counts=np.array([[[3, 1], [2, 2]]]), tokens=np.array([4]), top_k=1, layers=["x", "y"]
+        )
+        made.metadata = {"unbalanced": {"y": {"expected": 6, "counted": counted, "kernel": "Fast"}}}
+        return made
+
+    path = tmp_path / "server.safetensors"
+    served(4).save(path)
+    with pytest.raises(RecordingError, match="layer y counted 4 of the 6"):
+        RoutingStatistics.load(path)
+    both = RoutingStatistics.load(path, partial=True) + served(5)
+    assert both.metadata["unbalanced"] == {"y": {"expected": 12, "counted": 9, "kernel": "Fast"}}
+    with pytest.raises(RecordingError, match="partial=True"):
+        both.verify()
+    both.verify(partial=True)
+    both.metadata = {"gaps": ["3 requests found no row"]}
+    with pytest.raises(RecordingError, match="3 requests"):
+        both.verify()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness.tiny_models import tiny_model, tokens
+from harness.tiny_models import EVERY, inputs, tiny_model, tokens
 
 import moe_route as mr
 from moe_route.base import files
@@ -180,3 +180,118 @@ def test_a_trace_must_be_asked_for(routed: mr.RoutedModel) -> None:
         routed.model(tokens(1, 4))
     with pytest.raises(RecordingError, match="no trace was asked for"):
         rec.trace()
+
+
+# ---- logits
+
+
+@pytest.mark.parametrize("engine", ["hook", "fused"])
+def test_logits_of_a_trace_are_those_the_model_returns(engine: str, tmp_path: Path) -> None:
+    model, ids = tiny_model("qwen3_moe", head=True), tokens(2, 6)
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[1, :2] = 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        own = model(**given, output_router_logits=True).router_logits  # one [12, E] per layer
+    with mr.attach(model, engine=engine) as routed, routed.record(trace=[0, 2], logits="float32") as rec:
+        with torch.no_grad():
+            model(**given)
+        trace = rec.trace()
+    kept = mask.bool().flatten()
+    assert trace.logits is not None
+    assert trace.logits.dtype == np.float32
+    for place, layer in enumerate((0, 2)):
+        bound = 0 if engine == "hook" else 1e-5  # the choice of a fused router moves the layers after it by rounding
+        np.testing.assert_allclose(trace.logits[:, place], own[layer][kept].numpy(), atol=bound, rtol=0)
+        expected = torch.softmax(own[layer][kept].double(), -1).numpy()
+        np.testing.assert_allclose(trace.probabilities[:, place], expected, atol=1e-5)
+    trace.save(tmp_path / "t.safetensors")
+    again = Trace.load(tmp_path / "t.safetensors")
+    assert again.logits is not None
+    assert again.scores == ("softmax", "softmax")
+    np.testing.assert_array_equal(again.logits, trace.logits)
+
+
+def test_logits_are_bounded_and_their_size_is_said_before(
+    routed: mr.RoutedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = routed.record(trace=True, logits=True, trace_limit=7)
+    assert "24 logits per token, 48 bytes" in caplog.text  # 3 layers of 8 experts in float16
+    with recorder, torch.no_grad():
+        routed.model(tokens(2, 6))
+    trace = recorder.trace()
+    assert trace.logits is not None
+    assert (trace.logits.shape, trace.logits.dtype, trace.truncated) == ((7, 3, 8), np.float16, True)
+    assert recorded(routed, trace=True)[0].logits is None
+    with pytest.raises(ValueError, match="trace=True"):
+        routed.record(logits=True)
+    with pytest.raises(ValueError, match="float64"):
+        routed.record(trace=True, logits="float64")
+    with pytest.raises(ValueError, match="no logits"):
+        assert recorded(routed, trace=True)[0].probabilities is None
+
+
+def test_logits_of_a_steered_token_are_those_before_the_plan(routed: mr.RoutedModel) -> None:
+    ids, traces = tokens(1, 5), []
+    for plan in (mr.Plan(), mr.Plan.bias({0: [1]}, strength=9.0)):
+        with routed.record(trace=[0], logits="float32") as rec, routed.steer(plan), torch.no_grad():
+            routed.model(ids)
+        traces.append(rec.trace())
+    natural, steered = traces
+    np.testing.assert_array_equal(np.asarray(natural.logits), np.asarray(steered.logits))
+    assert not np.array_equal(natural.ids, steered.ids)
+
+
+@pytest.mark.parametrize("name", list(EVERY))
+def test_probabilities_of_tokens_add_up_to_what_was_counted(name: str) -> None:
+    model = tiny_model(name)
+    given = inputs(name, model)
+    with mr.attach(model) as routed, torch.no_grad():
+        text = [router.layer for router in routed.routers if not router.adapter.patches]
+        if not text:
+            pytest.skip("only pictures are routed, and a trace leaves them out")
+        with routed.record(trace=text, logits="float32") as rec:
+            model(**given)
+        statistics, trace = rec.statistics(), rec.trace()
+        sums = statistics.token_sum("probability")[0, text]
+        np.testing.assert_allclose(
+            np.nansum(trace.probabilities, 0), sums[:, : trace.probabilities.shape[2]], atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", list(EVERY))
+def test_router_logits_of_one_call(name: str) -> None:
+    model = tiny_model(name)
+    given = inputs(name, model)
+    with mr.attach(model) as routed:
+        with routed.router_logits() as logits:
+            model(**given)
+        seen = {router.layer: router for router in routed.routers if not router.adapter.patches}
+        assert logits.keys() == seen.keys()
+        for layer, values in logits.items():
+            decoder = seen[layer].role == "decoder"
+            first = given["decoder_input_ids"] if decoder else next(iter(given.values()))
+            shape = (first.shape[0], 1 if "grid_thw" in given else first.shape[1])  # a vision tower alone: patches
+            assert values.shape == (*shape, seen[layer].num_experts)
+            given_to_it = ~values.isnan().all(-1)  # some layers are given the tokens of a text without its pictures
+            assert values[given_to_it].isfinite().all()
+        kept = dict(logits)
+        with torch.no_grad():
+            model(**given)
+        assert all(logits[layer] is values for layer, values in kept.items())  # nothing is seen after the block
+
+
+def test_router_logits_have_a_gradient_and_keep_the_model(routed: mr.RoutedModel) -> None:
+    ids = tokens(2, 6)
+    with torch.no_grad():
+        before = routed.model(ids).logits
+    with routed.router_logits() as logits:
+        assert torch.equal(routed.model(ids).logits, before)
+    loss = logits[1].float().logsumexp(-1).square().mean()
+    (slope,) = torch.autograd.grad(loss, routed.routers[1].module.weight)
+    assert bool(slope.any())
+    with routed.record() as rec, routed.router_logits() as logits, torch.no_grad():
+        routed.model(ids)
+        routed.model(ids[:, :3])  # the latest call, although small calls are counted later
+    assert logits[0].shape == (2, 3, 8)
+    assert rec.statistics().tokens().tolist() == [[18] * 3]

@@ -110,7 +110,7 @@ def test_positions_count_the_tokens_that_were_left_out(content: dict[str, Any], 
 
 
 def test_values_that_are_no_numbers_are_shown_as_none(tmp_path: Path) -> None:
-    table = '{"tables": [{"title": "T", "columns": ["a", "b"], "rows": [["x", NaN], ["y", 1.5]]}]}'
+    table = '{"tables": [{"title": "T", "columns": ["a", "b"], "rows": [["x", null], ["y", 1.5]]}]}'
     (tmp_path / "t.json").write_text(table)
     path = report.write(tmp_path / "report.html", [tmp_path / "t.json"])
     assert '"rows":[["x",null],["y",1.5]]' in path.read_text("utf-8")
@@ -249,7 +249,8 @@ def test_files_of_every_kind_are_read(inputs: Inputs, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     folder.mkdir()
     (folder / "tables.json").write_text('{"tables": [{"title": "T", "columns": ["a"], "rows": [[1], [null]]}]}')
-    steer = {"plan": "ab", "unit": "nats", "languages": [{"language": "eng_Latn", "change": 1, "low": 0, "high": 2}]}
+    row = {"language": "eng_Latn", "texts": 2, "loss": 3.0, "steered": 4.0, "change": 1, "low": 0, "high": 2}
+    steer = {"plan": "ab", "unit": "nats", "languages": [{**row, "verdict": "unclear"}]}
     (tmp_path / "steer.json").write_text(json.dumps(steer))
     names = [*made, "accuracy.tsv", "other.json", "results", "steer.json"]
     found = report.read([tmp_path / name for name in names])
@@ -267,15 +268,16 @@ def test_files_of_every_kind_are_read(inputs: Inputs, tmp_path: Path) -> None:
     [
         ("a.json", "{", "is not JSON"),
         ("a.json", '{"eng_Latn": [1]}', "neither results nor a score per group"),
-        ("a.json", '{"tables": [{"title": "T"}]}', "another form"),
+        ("a.json", '{"tables": [{"title": "T"}]}', 'lacks "columns"'),
         ("a.json", '{"tables": [{"title": "T", "columns": ["a"], "rows": [[1, 2]]}]}', "1 columns, and a row of 2"),
         (
             "a.json",
-            '{"tables": [{"title": "T", "columns": ["a"], "rows": [], "effect": {"value": "a", "better": "a"}}]}',
-            "write lower or higher",
+            '{"tables": [{"title": "T", "columns": ["a"], "rows": [], '
+            '"effect": {"label": "a", "value": "a", "better": "a"}}]}',
+            'better is "a": give "lower"',
         ),
         ("a.tsv", "eng_Latn\tnan\n", "score of eng_Latn is nan"),
-        ("a.json", '{"eng_Latn": NaN}', "score of eng_Latn is nan"),
+        ("a.json", '{"eng_Latn": NaN}', "holds NaN"),
         ("a.tsv", "eng_Latn\t1\neng_Latn\t2\n", "eng_Latn comes twice"),
         ("a.tsv", "\n", "holds no score"),
         ("a.safetensors", "x", "safetensors"),

@@ -48,7 +48,7 @@ def test_other_content_is_refused_and_stays(tmp_path: Path):
     assert names(tmp_path) == ["thesis.tex"]
     (tmp_path / "thesis.tex").unlink()
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ForeignFolderError, match="not of this version"), Job(tmp_path, "eval", {}):
+    with pytest.raises(ForeignFolderError, match='"moe_route": "run"'), Job(tmp_path, "eval", {}):
         pass
     (tmp_path / "run.json").write_text('{"moe_route"')
     with pytest.raises(ForeignFolderError, match="damaged"), Job(tmp_path, "eval", {}):

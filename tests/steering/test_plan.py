@@ -145,7 +145,7 @@ def test_selection_saves_loads_and_shows_itself(tmp_path):
         (lambda: ExpertSelection({-1: [1]}), "no layer -1"),
         (lambda: ExpertSelection({0: [1]}).random_like(), "pass num_experts"),
         (lambda: SELECTION | ExpertSelection({0: [1]}, num_experts=[4, 4]), "another model"),
-        (lambda: ExpertSelection.from_dict({"rules": []}), "not an expert selection"),
+        (lambda: ExpertSelection.from_dict({"rules": []}), 'no key "rules"'),
     ],
 )
 def test_selection_refuses(make, message):
@@ -225,6 +225,10 @@ def test_row_parameters(plan, name, value):
 
 
 # a plan of each kind of rule: a new kind takes its place here
+def as_they_are(logits, where):
+    return logits
+
+
 OF_EACH_KIND = {
     "activate": Plan.activate({0: [1]}),
     "bias": Plan.bias({0: [1]}),
@@ -242,6 +246,7 @@ OF_EACH_KIND = {
     "fix_choice": Plan.fix_choice({0: [1, 2]}),
     "replay": Plan.replay(torch.zeros(1, 4, LAYERS, 1, dtype=torch.int64)),
     "gumbel": Plan.gumbel(1),
+    "apply": Plan.apply(as_they_are),
 }
 
 
@@ -387,21 +392,21 @@ REFUSED = [
     (lambda: Plan.activate({0: [1]}).random(), "pass num_experts"),
     (lambda: Plan.activate({0: [1]}).in_layers(range(3, 5)), "no experts in layers 3-4"),
     (lambda: -Plan.forbid({0: [1]}), "no opposite"),
-    (lambda: Plan.from_dict({"experts": {}}), "not a plan"),
-    (lambda: Plan.from_dict({"rules": [{"kind": "shout"}]}), "no 'shout' rule: upgrade"),
-    (lambda: Plan.from_dict({"rules": [{"kind": "activate", "experts": [1]}]}), "not a rule"),
+    (lambda: Plan.from_dict({"experts": {}}), 'no key "experts"'),
+    (lambda: Plan.from_dict({"rules": [{"kind": "shout"}]}), r'rules\[0\].kind is "shout"'),
+    (lambda: Plan.from_dict({"rules": [{"kind": "activate", "experts": [1]}]}), r"experts is \[1\]: give a table"),
     (lambda: Plan.activate({0: [1]}).compile(SITES, GROUPS).row("prefill", 3), "no row"),
     (lambda: Plan.force_on({0: [1]}, weight=""), "no mode ''"),
     (lambda: _edited(ghoups=["en"]), 'no key "ghoups": did you mean "groups"'),
     (lambda: _edited(value=2), 'no key "value": it has'),
-    (lambda: _edited(mode="Sample"), "no mode 'Sample'"),
-    (lambda: _edited(mode=""), "no mode ''"),
-    (lambda: _edited(strength="2"), '"strength" of the activate rule must be a number'),
-    (lambda: _edited(strength=True), '"strength" of the activate rule must be a number'),
-    (lambda: _edited(absent="false"), '"absent" of the activate rule must be true or false'),
-    (lambda: _edited(layers="12"), "whole numbers"),
+    (lambda: _edited(mode="Sample"), 'mode is "Sample": give "pop'),
+    (lambda: _edited(mode=""), 'mode is ""'),
+    (lambda: _edited(strength="2"), 'strength is "2": give a number'),
+    (lambda: _edited(strength=True), "strength is true"),
+    (lambda: _edited(absent="false"), 'absent is "false"'),
+    (lambda: _edited(layers="12"), 'layers is "12"'),
     (lambda: _edited(kind="activat"), 'did you mean "activate"'),
-    (lambda: _edited(experts={"x": [1]}), "not a rule"),
+    (lambda: _edited(experts={"x": [1]}), r"experts\.x"),
     (lambda: Plan.from_dict({"rules": [], "modle": {}}), 'no key "modle": did you mean "model"'),
     (lambda: Plan.from_dict({"rules": [], "model": {"nam": "a"}}), 'no key "nam": did you mean "name"'),
     (lambda: Plan.from_dict(_with_table({"lenghts": [4]})), 'no key "lenghts": did you mean "lengths"'),
@@ -828,3 +833,11 @@ def test_a_rule_goes_through_each_file_once():
         sys.setprofile(None)
     way = ["steering.compile", "steering.rule", "steering.kinds", "steering.cell", "contract.tables"]
     assert files_of_functions == way
+
+
+def test_a_plan_for_groups_of_no_text_is_refused():
+    plan = Plan.forbid({0: [1]}).only(groups=["eng_Latm"])
+    with pytest.raises(PlanError, match=r'"eng_Latm".*did you mean "eng_Latn"'):
+        plan.check_groups(["eng_Latn", "deu_Latn"])
+    Plan.forbid({0: [1]}).check_groups([])
+    plan.only(groups=["eng_Latm"]).check_groups(["eng_Latm"])

@@ -155,7 +155,7 @@ def test_random_controls_rename_the_experts() -> None:
         (lambda: (PLANS["rows"] + Plan.replace_scores({0: {1: 1}})).compile(SITES), "two replaced scores"),
         (lambda: PLANS["rows"] * 2, "no strength to scale"),
         (lambda: PLANS["rows"].in_layers([0]), "cannot move"),
-        (lambda: Plan.from_dict({"rules": [{"kind": "replace_scores", "table": "abc"}]}), "not a rule"),
+        (lambda: Plan.from_dict({"rules": [{"kind": "replace_scores", "table": "abc"}]}), 'no table "abc"'),
     ],
 )
 def test_scores_that_cannot_be_used_are_refused(make: Any, message: str) -> None:

@@ -41,9 +41,9 @@ def test_json_is_read_as_it_was_written_and_as_it_was_edited(tmp_path):
         ("[1]", "is not a selection"),
         ('{"moe_route": "plan", "schema": 2}', "is not a selection"),
         ('{"moe_route": "selection", "schema": 99}', "upgrade moe-route"),
-        ('{"moe_route": "selection", "schema": 2}', "not an expert selection"),
-        ('{"moe_route": "selection", "schema": 2, "experts": {"first": [1]}}', "not an expert selection"),
-        ('{"moe_route": "selection", "schema": 2, "experts": {"0": ["1"]}}', "not an expert selection"),
+        ('{"moe_route": "selection", "schema": 2}', 'lacks "experts"'),
+        ('{"moe_route": "selection", "schema": 2, "experts": {"first": [1]}}', r"experts\.first"),
+        ('{"moe_route": "selection", "schema": 2, "experts": {"0": ["1"]}}', r"experts\.0\[0\] is"),
         ('{"moe_route": "selection", "schema": 2, "experts": {"0": [9]}, "num_experts": 8}', "has 8 experts"),
     ],
 )

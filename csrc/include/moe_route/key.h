@@ -19,4 +19,10 @@ MOE_ROUTE_INLINE auto order_key(V x) {
   return x == x ? key : Int(Int(1) << kSignBit);
 }
 
+// Keys that hold an index too: doubles whose high half is the float's bits and whose low half breaks ties, so that
+// one max and one min exchange value and index. A float's exponent reaches into the double's from above, so that
+// no float but a NaN becomes an infinity or a NaN; this step makes none of them subnormal (flushing would lose the
+// low half of zero).
+inline constexpr int32_t kKeyStep = 0x00100000;
+
 }  // namespace moe_route

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_route.base.budget import BudgetError
 from moe_route.contract.tables import FIXED_POINT, SCALARS
 from moe_route.convert.formats import reads, writes
-from moe_route.convert.source import Source, as_array, counted, number_table, whole_numbers
+from moe_route.convert.source import Source, counted, number_table, whole_numbers
 from moe_route.convert.traces import RoutedSequence, model_layers, trace_of
 from moe_route.convert.writers import pickled, write_arrays, write_bytes, write_json
 from moe_route.recording import RoutingStatistics, Trace
@@ -54,7 +55,7 @@ def read_expert_counts(
     width = num_experts or max(ids[-1] for ids in experts) + 1
     if max(ids[-1] for ids in experts) >= width:
         raise ValueError(f"{source.path} counts expert {max(ids[-1] for ids in experts)}: check num_experts {width}")
-    rows = np.zeros((len(tables), width))
+    rows = np.zeros(source.room(len(tables), width))
     for row, of in enumerate(tables.values()):
         for expert, count in of.items():
             rows[row, int(expert)] = count
@@ -93,7 +94,9 @@ def _one_array(source: Source) -> Any:
     if source.form == "json" and not (isinstance(content, list) and content and isinstance(content[0], list)):
         return None
     try:
-        return as_array(content)
+        return source.array(content)
+    except BudgetError:
+        raise
     except (ValueError, TypeError):
         return None
 
@@ -115,7 +118,7 @@ def read_sglang(source: Source, *, top_k: int | None = None, group: str | None =
     records = source.content["records"]
     if not records:
         raise source.refused("it has no records", "start the recording before the requests")
-    owners = as_array(source.content["last_physical_to_logical_map"])
+    owners = source.array(source.content["last_physical_to_logical_map"])
     load = np.zeros(owners.shape, np.int64)
     for one in records:
         physical = number_table(source, one["global_physical_count"], "layer, physical expert")
@@ -134,7 +137,7 @@ def read_sglang(source: Source, *, top_k: int | None = None, group: str | None =
 def read_vllm(source: Source, *, top_k: int | None = None, group: str | None = None) -> RoutingStatistics:
     """Statistics of the window of steps that vLLM's balancer keeps."""
     load = number_table(source, source.content["expert_load_window"], "layer, physical expert")
-    owners = as_array(source.content["physical_to_logical_map"])
+    owners = source.array(source.content["physical_to_logical_map"])
     return counted(source, _logical(source, load, owners), top_k=top_k, format="vllm-load", group=group)
 
 
@@ -159,7 +162,7 @@ def _logical(source: Source, load: np.ndarray, owners: np.ndarray) -> np.ndarray
         )
     if owners.min() < 0:
         raise source.refused("its map has physical experts that belong to no expert", "save it after the start")
-    counts = np.zeros((len(load), int(owners.max()) + 1), load.dtype)
+    counts = np.zeros(source.room(len(load), int(owners.max()) + 1), load.dtype)
     np.add.at(counts, (np.arange(len(load))[:, None], owners), load)
     return counts
 
@@ -315,8 +318,8 @@ def read_example(source: Source, *, group: str | None = None) -> Trace:
             raise source.refused("some generated tokens are missing", "get it again")
         layers = len(tokens[positions[0]])
         chosen = [[tokens[p][f"layer_{layer}"] for layer in range(layers)] for p in positions]
-        ids = as_array([[of["selected_experts"] for of in token] for token in chosen])
-        weights = as_array([[of["selected_probs"] for of in token] for token in chosen])
+        ids = source.array([[of["selected_experts"] for of in token] for token in chosen])
+        weights = source.array([[of["selected_probs"] for of in token] for token in chosen])
         if ids.ndim != 3 or ids.dtype.kind != "i" or weights.shape != ids.shape or not (np.abs(weights) <= 1).all():
             raise source.refused("its experts and probabilities are not [tokens, layers, k]", "get it again")
         name = group or str(one.get("category") or source.name)

@@ -9,7 +9,6 @@ or {"replays": that list}. The last token of a text is never fed, so T is one le
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from operator import index
@@ -19,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_route.base.budget import BudgetError
 from moe_route.convert.formats import reads, writes
-from moe_route.convert.source import Source, as_array
+from moe_route.convert.source import Source, npy
 from moe_route.convert.traces import RoutedSequence, model_layers, routed_layers, trace_of
 from moe_route.convert.writers import pickled, write_arrays, write_bytes, write_lines
 from moe_route.recording import Trace
@@ -142,8 +142,10 @@ def _prompt(about: Mapping[str, Any] | None) -> int | None:
 
 def _npy(source: Source, encoded: Any) -> np.ndarray:
     try:
-        ids = np.load(io.BytesIO(base64.b64decode(encoded, validate=True)), allow_pickle=False)
-    except (TypeError, ValueError, binascii.Error, EOFError, OSError) as error:
+        ids = npy(base64.b64decode(encoded, validate=True), source.budget)
+    except BudgetError:
+        raise
+    except (TypeError, ValueError) as error:
         raise source.refused(
             f"routed_experts is not base64 of a .npy file ({error})", "save the whole answer"
         ) from error
@@ -183,7 +185,7 @@ def read_sglang_response(
         try:
             flat = np.frombuffer(base64.b64decode(about["routed_experts"], validate=True), dtype)
             ids = flat.reshape(-1, num_layers, top_k).astype(np.int32)
-        except (TypeError, ValueError, binascii.Error) as error:
+        except (TypeError, ValueError) as error:
             raise source.refused(
                 f"routed_experts is not base64 of ids [tokens, {num_layers}, {top_k}] ({error})",
                 "check num_layers and top_k, those of the model",
@@ -223,7 +225,9 @@ def read_megatron(source: Source, *, layers: Sequence[int] | None = None, group:
     sequences = []
     for call in zip(*replays, strict=True):
         try:
-            ids = np.stack([as_array(of_layer) for of_layer in call], axis=1)
+            ids = np.stack([source.array(of_layer) for of_layer in call], axis=1)
+        except BudgetError:
+            raise
         except ValueError as error:
             raise source.refused(f"the layers of a call differ in shape ({error})", "record one run") from error
         if ids.ndim != 3 or ids.dtype.kind not in "iu":

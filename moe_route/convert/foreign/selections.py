@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_route.analysis import esft_experts
 from moe_route.convert.formats import reads, writes
-from moe_route.convert.source import Source, as_array, number_table, whole_numbers
+from moe_route.convert.source import Source, number_table, whole_numbers
 from moe_route.convert.traces import RoutedSequence, trace_of
 from moe_route.convert.writers import write_json
 from moe_route.recording import RoutingStatistics, Trace
@@ -164,14 +164,14 @@ def _by_expert(source: Source, names: tuple[str, ...]) -> list[np.ndarray]:
     if missing:
         raise source.refused(f"it has no column {missing[0]}", "make the table with SteerMoE's demo")
     try:
-        layer, expert = (as_array(source.content[name]).astype(np.int64) for name in ("layer", "expert"))
-        columns = [as_array(source.content[name]).astype(np.float64) for name in names]
+        layer, expert = (source.array(source.content[name]).astype(np.int64) for name in ("layer", "expert"))
+        columns = [source.array(source.content[name]).astype(np.float64) for name in names]
     except ValueError as error:
         raise source.refused(f"its columns are not numbers ({error})", "make the table again") from error
     if not len(layer) or min(layer.min(), expert.min()) < 0:
         raise source.refused("it has no rows, or negative layers or experts", "make the table again")
     shape = (int(layer.max()) + 1, int(expert.max()) + 1)
-    tables = [np.full(shape, np.nan) for _ in columns]
+    tables = [np.full(source.room(*shape), np.nan) for _ in columns]
     for table, column in zip(tables, columns, strict=True):
         table[layer, expert] = column
     if len(layer) != shape[0] * shape[1] or any(not np.isfinite(table).all() for table in tables):

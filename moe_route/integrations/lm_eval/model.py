@@ -36,7 +36,7 @@ from moe_route.data import demo_model_folder
 from moe_route.experts.interface import experts_implementations
 from moe_route.recording import Recorder, RecordingError, RoutingStatistics
 from moe_route.runs.language_model import DEMO_MODEL, LanguageModel
-from moe_route.steering import Plan
+from moe_route.steering import Plan, Reach
 
 # ---- what an answer of a model depends on beside the request, for the name of lm-eval's cache of answers.
 #
@@ -271,6 +271,7 @@ class MoeRouteLM(HFLM):
         if parts and self._plan is not None and any(rule.groups for rule in self._plan.rules):
             raise ValueError("parts=True renames groups that the plan steers by: leave it out")
         self.routed = LanguageModel(str(self.model.config._name_or_path), self.model, self.tokenizer).attach(engine)
+        self._reach = Reach(() if self._plan is None else self._plan.rules)
         if self._plan is not None:
             with self.routed.steer(self._plan):
                 pass  # refuses a plan that does not fit, before the requests are built
@@ -406,7 +407,7 @@ class MoeRouteLM(HFLM):
         self._groups |= dict.fromkeys(place.group for place in self._places)
         with ExitStack() as stack:
             if self._plan is not None:
-                stack.enter_context(self.routed.steer(self._plan))
+                stack.enter_context(self.routed.steer(self._plan, reach=self._reach))
             if self._record is not None:
                 stack.enter_context(self._recording())
             yield
@@ -518,8 +519,11 @@ class MoeRouteLM(HFLM):
     def finish(self) -> RoutingStatistics | None:
         """Write the recording of a finished evaluation, once; returns the statistics, or None without a recording.
 
+        Warns of the rules of the plan that reached no token.
         ``simple_evaluate`` and the command line do this by `get_model_info`. Call it yourself after ``evaluate``.
         """
+        self._reach.warn()
+        self._reach = Reach(())  # said once
         if self._record is None or self._recorder is None or self._finished:
             return None
         self._recorder.add_metadata({"evaluation": [{"groups_are": self._grouping, "parts": self._parts}]})

@@ -18,23 +18,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_route.integrations.vllm.options import EngineNotSupportedError, Options, avoid_monolithic, request_error
+from moe_route.integrations.vllm.options import (
+    OFF,
+    PREFIX,
+    VERBS,
+    WANTED,
+    EngineNotSupportedError,
+    Options,
+    avoid_monolithic,
+    request_error,
+)
+from moe_route.integrations.vllm.seams import (
+    follow_core,
+    follow_front,
+    follow_scheduler,
+    planned_items,
+    split_weights,
+)
 
 if TYPE_CHECKING:
-    from moe_route.integrations.vllm.plans import PlannedItems
+    import numpy as np
+
     from moe_route.recording.statistics import RoutingStatistics
     from moe_route.recording.trace import Trace
     from moe_route.steering.plan import Plan
 
-__all__ = ["EngineNotSupportedError", "pause", "record", "register", "statistics", "steer", "trace"]
-
-_OFF = (
-    "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
-    'LLM(..., additional_config={"moe_route": {}})'
-)
-_VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes", "known")
-_CHANGING = ("record", "pause", "steer")
-_PREFIX = "moe_route_"  # of the verbs among the methods of a worker
+__all__ = ["EngineNotSupportedError", "pause", "record", "register", "routed_experts", "statistics", "steer", "trace"]
 
 
 def record(llm: Any) -> None:
@@ -63,11 +72,11 @@ def steer(llm: Any, plan: Plan | None, *, name: str = "default") -> None:
 
 
 def statistics(llm: Any) -> RoutingStatistics:
-    """What was counted, in all layers. ``LLM.generate`` has returned, so that all requests have ended.
+    """What was counted, in all layers; with the option ``save``, what earlier runs counted too.
 
     Each replica of data parallelism has an ``LLM`` and statistics of its own, which add up.
 
-    Raises an error with the words of ``recording.RecordingError`` if nothing was recorded.
+    Raises an error with the words of ``recording.RecordingError`` if nothing was recorded, or something is missing.
     """
     from moe_route.integrations.vllm.answers import loaded
     from moe_route.recording.statistics import RoutingStatistics
@@ -78,7 +87,7 @@ def statistics(llm: Any) -> RoutingStatistics:
 def trace(llm: Any) -> Trace:
     """The experts and weights of every counted token, with its id, position and request; the option ``trace`` keeps it.
 
-    ``LLM.generate`` has returned. Tokens are in the order in which they ran; each request is a sequence, with its item.
+    Tokens are in the order in which they ran; each request is a sequence, with its item.
     Raises an error with the words of ``recording.RecordingError`` if the engine keeps no trace.
     """
     from moe_route.integrations.vllm.answers import loaded
@@ -87,9 +96,23 @@ def trace(llm: Any) -> Trace:
     return loaded(Trace, _content(llm, "trace"))
 
 
+def routed_experts(llm: Any, output: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Experts and weights of a ``CompletionOutput`` whose request asked by ``moe_route_experts``.
+
+    Ids ``[tokens, layers, k]`` of all tokens but the last one, which was sampled and not routed; weights of the dtype
+    that was asked for, or None. Layers are all of the model; those without experts are 0. Raises ``ValueError`` if the
+    request did not ask.
+    """
+    from moe_route.integrations.vllm.returned import unpacked
+
+    if output.routed_experts is None:
+        raise ValueError(f'the request did not ask for its experts: extra_args={{"{WANTED}": "float32"}}')
+    return unpacked(output.routed_experts, llm.llm_engine.vllm_config.model_config.get_num_experts())
+
+
 def _content(llm: Any, verb: str) -> bytes:
-    """What the rank says that answers, for all layers; no request is running."""
-    answers = llm.collective_rpc(f"moe_route_{verb}", args=(None, True))
+    """What the rank says that answers, for all layers."""
+    answers = llm.collective_rpc(f"moe_route_{verb}")
     return next(answer for answer in answers if answer is not None)
 
 
@@ -98,9 +121,11 @@ def register() -> None:
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor
+    from vllm.v1.engine.utils import CoreEngineProcManager
     from vllm.v1.worker.gpu_worker import Worker  # the workers of CPU and XPU inherit from it
 
     if hasattr(Worker, "moe_route_report"):
@@ -123,100 +148,23 @@ def register() -> None:
     def validated(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         options = Options.of(self.vllm_config.additional_config)
         wrong = None if options is None else request_error(options, getattr(params, "extra_args", None))
-        wrong = wrong or (None if options is None else _planned_items(self, options).error(params))
+        wrong = wrong or (None if options is None else planned_items(self, options).error(params))
+        if wrong is None and options is not None and (getattr(params, "extra_args", None) or {}).get(WANTED):
+            split_weights(self.vllm_config.model_config)
+            if getattr(params, "stop", None):  # such a text ends in the front end, behind the core's last answer
+                wrong = f"{WANTED} does not go with stop strings: name the end by stop_token_ids"
         if wrong is not None:
             raise _refusal()(wrong)
         return validate(self, params, *args, **kwargs)
 
     Worker.load_model, InputProcessor._validate_params = load_and_attach, validated
     avoid_monolithic(FusedMoEExperts)
-    _follow_core(EngineCore)
-    _tell_texts(Scheduler)
+    follow_core(EngineCore, EngineCoreProc)
+    follow_scheduler(Scheduler)
+    follow_front(LLMEngine, AsyncLLM, OutputProcessor, CoreEngineProcManager)
     _follow_plans(LLMEngine, AsyncLLM)
-    for verb in _VERBS:
-        setattr(Worker, f"{_PREFIX}{verb}", _verb(verb))
-
-
-def _follow_core(core: Any) -> None:
-    """Salt the requests of an engine core that caches prefixes, and make one answer of its workers' to a verb.
-
-    See ``prefixes`` and ``answers``.
-    """
-    add_request, collective_rpc = core.add_request, core.collective_rpc
-
-    def prefixes_of(self: Any) -> Any:
-        if not hasattr(self, "moe_route_prefixes"):
-            from moe_route.integrations.vllm.plans import Prefixes
-
-            options = Options.of(self.vllm_config.additional_config)
-            caches = options is not None and self.vllm_config.cache_config.enable_prefix_caching
-            self.moe_route_prefixes = Prefixes(self, options) if options is not None and caches else None
-        return self.moe_route_prefixes
-
-    @functools.wraps(add_request)
-    def salted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        prefixes = prefixes_of(self)
-        if prefixes is not None:
-            prefixes.prepare(request)
-        return add_request(self, request, *args, **kwargs)
-
-    @functools.wraps(collective_rpc)
-    def called(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(method, str) or not method.startswith(_PREFIX):
-            return collective_rpc(self, method, *args, **kwargs)
-        from moe_route.integrations.vllm.answers import failed, joined
-
-        verb = method.removeprefix(_PREFIX)
-        prefixes = prefixes_of(self) if verb in _CHANGING else None
-        texts = _texts_of(self.scheduler)
-        if texts is not None:  # a verb counts, or changes, what tokens of the latest step wait for
-            joined(collective_rpc(self, f"{_PREFIX}known", args=(texts.news(),)))
-        try:
-            answers = collective_rpc(self, method, *args, **kwargs)
-            if verb == "steer" and failed(answers):
-                collective_rpc(self, f"{_PREFIX}take_back")  # from workers that did not refuse it: all steer alike
-            return joined(answers)
-        finally:
-            if prefixes is not None:
-                prefixes.called(verb)
-
-    core.add_request, core.collective_rpc = salted, called
-
-
-def _texts_of(scheduler: Any) -> Any:
-    """What a scheduler knows of the texts of its requests, or None where its workers need not be told."""
-    if not hasattr(scheduler, "moe_route_texts"):
-        from moe_route.integrations.vllm.counts import Texts
-
-        scheduler.moe_route_texts = Texts.of(scheduler.vllm_config)
-    return scheduler.moe_route_texts
-
-
-def _tell_texts(scheduler: Any) -> None:
-    """Tell the workers with every step which tokens became text; see ``texts``."""
-    schedule = scheduler.schedule
-
-    @functools.wraps(schedule)
-    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-        texts = _texts_of(self)
-        if texts is None:
-            return schedule(self, *args, **kwargs)
-        news = texts.news()
-        step = schedule(self, *args, **kwargs)
-        texts.attach(news, step, self.requests)
-        return step
-
-    scheduler.schedule = told
-
-
-def _planned_items(processor: Any, options: Options) -> PlannedItems:
-    """What a front end knows of its plans."""
-    from moe_route.integrations.vllm.plans import PlannedItems
-
-    if not hasattr(processor, "moe_route_items"):
-        processor.moe_route_items = PlannedItems(options)
-    items: PlannedItems = processor.moe_route_items
-    return items
+    for verb in VERBS:
+        setattr(Worker, f"{PREFIX}{verb}", _verb(verb))
 
 
 def _follow_plans(engine: Any, async_engine: Any) -> None:
@@ -226,7 +174,7 @@ def _follow_plans(engine: Any, async_engine: Any) -> None:
     def passed(self: Any, method: Any, args: Any = (), kwargs: Any = None) -> None:
         options = Options.of(self.vllm_config.additional_config)
         if method == "moe_route_steer" and options is not None:
-            _planned_items(self.input_processor, options).steered(*args, **(kwargs or {}))
+            planned_items(self.input_processor, options).steered(*args, **(kwargs or {}))
 
     @functools.wraps(collective_rpc)
     def called(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
@@ -256,12 +204,12 @@ def _verb(name: str) -> Callable[..., Any]:
 
         return answer(lambda: getattr(_session_of(self), name)(*args, **kwargs))
 
-    call.__name__ = f"{_PREFIX}{name}"
+    call.__name__ = f"{PREFIX}{name}"
     return call
 
 
 def _session_of(worker: Any) -> Any:
     session = getattr(worker, "moe_route_session", None)
     if session is None:
-        raise EngineNotSupportedError(_OFF)
+        raise EngineNotSupportedError(OFF)
     return session

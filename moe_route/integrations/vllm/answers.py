@@ -96,13 +96,19 @@ def loaded(kind: type[_Made], content: bytes) -> _Made:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "answer.safetensors"
         file.write_bytes(content)
-        made = kind.load(file)
-        if isinstance(made, RoutingStatistics) and made.store is not None:
-            kept = SequenceStore(made.layers, made.num_experts)  # its sequences are read from the file, which goes
-            for shard in made.store.shards():
-                kept.append(shard.keys, shard.arrays)
-            made.store = kept
-        return made
+        if not issubclass(kind, RoutingStatistics):
+            return kind.load(file)
+        return held(kind.load(file, partial=True))
+
+
+def held(statistics: RoutingStatistics) -> RoutingStatistics:
+    """Statistics whose sequences are not read from their file any more, which may go."""
+    if statistics.store is not None:
+        kept = SequenceStore(statistics.layers, statistics.num_experts)
+        for shard in statistics.store.shards():
+            kept.append(shard.keys, shard.arrays)
+        statistics.store = kept
+    return statistics
 
 
 def replica_path(path: str, replica: int) -> str:

@@ -18,14 +18,16 @@ from torch import Tensor
 from moe_route import ops
 from moe_route.base.devices import upload
 from moe_route.contract.spec import RouterSpec
-from moe_route.integrations.vllm.options import Options, runs_ahead
+from moe_route.integrations.vllm.options import LEFT, Options, runs_ahead
 from moe_route.integrations.vllm.requests import Batch, Request, RequestTable, positions_of
-from moe_route.integrations.vllm.sites import Site, TokenNumbers
+from moe_route.integrations.vllm.sites import Site, TokenNumbers, traced_buffers
 from moe_route.ops import library
 from moe_route.recording.trace import Trace
 
 FIELD = "moe_route_known"
 """Attribute of a ``SchedulerOutput``: dict of request name -> ``Known``."""
+ABORTED = "moe_route_aborted"
+"""Attribute of a ``SchedulerOutput``: which of the requests that ended before it were given up."""
 _COLUMNS = ("sequence", "group", "position", "phase", "ids", "weights")
 _MOST_TOKENS = 512  # of a larger step, counting is small beside the experts, and the copies are not
 logger = logging.getLogger(__name__)
@@ -168,6 +170,33 @@ class Texts:
                 self._texts[name] = _Text(requests[name])
 
 
+def texts_of(scheduler: Any) -> Texts | None:
+    """What a scheduler knows of the texts of its requests, or None where its workers need not be told."""
+    if not hasattr(scheduler, "moe_route_texts"):
+        scheduler.moe_route_texts = Texts.of(scheduler.vllm_config)
+    texts: Texts | None = scheduler.moe_route_texts
+    return texts
+
+
+def aborted_of(scheduler: Any) -> set[str]:
+    """Requests that were given up, of those that the next step tells to have ended."""
+    if not hasattr(scheduler, "moe_route_aborted"):
+        scheduler.moe_route_aborted = set()
+    aborted: set[str] = scheduler.moe_route_aborted
+    return aborted
+
+
+def note_aborted(scheduler: Any, given: Sequence[str] | None, requests: Sequence[Any]) -> None:
+    """Note which of these requests, which are finished from outside, are given up; ``given``: ids, None for all.
+
+    A front end finishes a text that ends at a stop string in the same way, but adds no id that begins with ``LEFT``.
+    """
+    for request in requests:
+        stops = given is not None and getattr(request.sampling_params, "stop", None)
+        if not stops or LEFT + request.request_id in (given or ()):
+            aborted_of(scheduler).add(request.request_id)
+
+
 class StepTrace:
     """Collects the experts and weights of every counted token, step by step, as a ``recording.Trace``.
 
@@ -182,10 +211,7 @@ class StepTrace:
         self._sites, self._limit = [sites[layer] for layer in layers], limit
         self._layers = tuple(first + layer for layer in layers)
         for site in self._sites:
-            site.traced = (
-                torch.full((most_tokens, site.top_k), -1, dtype=torch.int16, device=site.device),
-                torch.zeros(most_tokens, site.top_k, device=site.device),
-            )
+            site.traced = traced_buffers(site, most_tokens)
         self._slots = max(site.top_k for site in self._sites)
         self._ids_dtype = np.int8 if max(site.num_experts for site in self._sites) <= 128 else np.int16
         self.forget()
@@ -263,7 +289,9 @@ class StepTrace:
         empty = {"ids": np.zeros(shape, self._ids_dtype), "weights": np.zeros(shape, np.float16)}
         numbers = {"sequence": np.int32, "group": np.int32, "position": np.int32, "phase": np.uint8}
         empty |= {name: np.zeros(0, dtype) for name, dtype in numbers.items()}
-        columns = {name: np.concatenate([empty[name], *(chunk[name] for chunk in self._chunks)]) for name in _COLUMNS}
+        columns: dict[str, Any] = {
+            name: np.concatenate([empty[name], *(chunk[name] for chunk in self._chunks)]) for name in _COLUMNS
+        }
         token = np.full(len(columns["sequence"]), -1, np.int32)
         order = np.argsort(columns["sequence"], kind="stable")
         bounds = np.searchsorted(columns["sequence"][order], np.arange(1, len(self._requests)))
@@ -390,6 +418,7 @@ class PendingTokens:
         self._requests.tokens_rejected += int((counted & ~text).sum())
         self._rows[~text, 1:3] = -1
         if (counted & text).any():
+            self._requests.expect(self._rows)
             self._count()
         rejected = self._at[~text]
         self._clear()

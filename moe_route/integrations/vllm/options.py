@@ -10,9 +10,11 @@ import functools
 import importlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from moe_route.base.schema import FileRefusedError, Kind, Natural, Range, meant, misspelt
 
 OLDEST, BEFORE = (0, 30), (0, 33)
 
@@ -29,6 +31,29 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
             ("method", "timeout", "args", "kwargs"),
         ),
         "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("schedule", ()),
+        "vllm.v1.core.sched.scheduler:Scheduler.finish_requests": (
+            "finish_requests",
+            ("request_ids", "finished_status"),
+        ),
+        "vllm.v1.engine.llm_engine:LLMEngine.abort_request": ("abort_request", ("request_ids", "internal")),
+        "vllm.v1.engine.async_llm:AsyncLLM.abort": ("abort", ("request_id", "internal")),
+        "vllm.v1.engine.output_processor:OutputProcessor.abort_requests": (
+            "abort_requests",
+            ("request_ids", "internal"),
+        ),
+        "vllm.v1.engine.utils:CoreEngineProcManager.__init__": ("__init__", ("vllm_config",)),
+        "vllm.v1.engine.utils:CoreEngineProcManager.shutdown": ("shutdown", ("timeout",)),
+        "vllm.v1.engine.core_client:AsyncMPClient._call_utility_async": ("_call_utility_async", ("method", "engine")),
+        "vllm.v1.engine.core:EngineCore._initialize_kv_caches": ("_initialize_kv_caches", ("vllm_config",)),
+        "vllm.v1.engine.core:EngineCore.step": ("step", ()),
+        "vllm.v1.engine.core:EngineCore.step_with_batch_queue": ("step_with_batch_queue", ()),
+        "vllm.v1.engine.core:EngineCore.post_step": ("post_step", ("model_executed",)),
+        "vllm.v1.engine.core:EngineCore.shutdown": ("shutdown", ()),
+        "vllm.v1.engine.core:EngineCoreProc._handle_client_request": ("_handle_client_request", ("request_type",)),
+        "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter.set_capture_fn": (
+            "set_capture_fn",
+            ("capture_fn",),
+        ),
         "vllm.v1.engine.core:EngineCore.add_request": ("add_request", ("request",)),
         "vllm.v1.engine.core:EngineCore.collective_rpc": ("collective_rpc", ("method",)),
         "vllm.v1.request:Request.get_skip_reading_prefix_cache": ("get_skip_reading_prefix_cache", ()),
@@ -53,6 +78,19 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     }
 )
 """Methods of vLLM that are wrapped or called: where they are, and the arguments that they must have."""
+
+PREFIX = "moe_route_"
+"""Of the verbs among the methods of a worker."""
+VERBS = ("record", "pause", "statistics", "trace", "steer", "take_back", "report", "prefixes", "known", "routed")
+CHANGING = ("record", "pause", "steer", "take_back")
+OFF = (
+    "moe_route is not on in this engine: start it with --additional-config '{\"moe_route\": {}}', "
+    'LLM(..., additional_config={"moe_route": {}})'
+)
+LEFT = "moe_route_left:"
+"""Begins an id by which a front end says, beside the request's own, that it does not end its text but gives it up."""
+PATIENCE = 60.0
+"""Seconds that a core which ends may take to save, and for which another one waits for its file."""
 
 
 class EngineNotSupportedError(RuntimeError):
@@ -90,8 +128,11 @@ def check_version(version: str, *, any_version: bool = False) -> None:
 
 
 GROUP, ITEM, PLAN = "moe_route_group", "moe_route_item", "moe_route_plan"
+WANTED, START = "moe_route_experts", "moe_route_from"
 """Keys of ``SamplingParams.extra_args``, and of ``vllm_xargs`` over HTTP."""
+_WANTED = ("ids", "float32", "float16")  # ids alone, or with weights of this dtype
 UNSTEERED = "none"
+_MOST_METRICS_GROUPS = 8  # each has five series a layer
 DEFAULT_PLAN, DEFAULT_GROUP = "default", "all"
 
 
@@ -107,8 +148,15 @@ class Options:
         sequences: whether to keep the averages of every sequence, by (item, group).
         trace: whether to keep the experts and weights of every token, or the MoE layers in which to keep them.
         trace_limit: largest number of tokens in a trace.
+        count_cached: whether counted requests route their whole prompt, in the place of reading the prefix cache.
+        routed_experts: whether requests may ask for their experts in the answer.
         rows: steering rows that fit in the tables, over all plans. The tables are made once, as CUDA graphs need.
         any_version: whether to run on a vLLM that was not tried.
+        save: file of the statistics, which the engine core writes while it runs and when it ends, and reads when it
+            starts; None: none.
+        every: seconds between two of these writes, and between two updates of the metrics.
+        metrics_groups: groups that have metrics of their own, beside those over all groups.
+        admin: whether clients with the API key may change plans over HTTP.
     """
 
     groups: tuple[str, ...] = (DEFAULT_GROUP,)
@@ -116,10 +164,16 @@ class Options:
     plans: Mapping[str, str | None] = field(default_factory=dict)
     record: bool = False
     sequences: bool = False
-    trace: bool | tuple[int, ...] = False
-    trace_limit: int = 1_000_000
-    rows: int = 16
+    trace: bool | tuple[Natural, ...] = False
+    trace_limit: Annotated[int, Range(1)] = 1_000_000
+    count_cached: bool = True
+    routed_experts: bool = False
+    rows: Annotated[int, Range(1)] = 16
     any_version: bool = False
+    save: str | None = None
+    every: float = 60.0
+    metrics_groups: tuple[str, ...] = ()
+    admin: bool = False
 
     @classmethod
     def of(cls, additional_config: Any) -> Options | None:
@@ -130,43 +184,26 @@ class Options:
         given = additional_config.get("moe_route") if isinstance(additional_config, Mapping) else None
         if given is None:
             return None
-        if not isinstance(given, Mapping):
-            raise EngineNotSupportedError(f"moe_route takes options by name, {{...}}, not {given!r}")
-        known = [entry.name for entry in fields(cls)]
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise EngineNotSupportedError(f"moe_route: no option {', '.join(unknown)}; there are {', '.join(known)}")
-        trace = given.get("trace", False)
-        options = cls(
-            **{
-                **given,
-                "groups": tuple(given.get("groups", (DEFAULT_GROUP,))),
-                "trace": tuple(trace) if isinstance(trace, (list, tuple)) else trace,
-            }
-        )
-        options.check(given.get("groups"))
+        try:
+            options: Options = OPTIONS.read(given, "moe_route")
+        except FileRefusedError as error:
+            raise EngineNotSupportedError(str(error)) from error
         return options
 
-    def check(self, groups: Any) -> None:
-        """Raise ``EngineNotSupportedError`` for values that cannot be; ``groups``: as they were given."""
+    def __post_init__(self) -> None:
         names = self.groups
-        if isinstance(groups, str) or not names or len(set(names)) != len(names) or not _all_text(names):
-            raise EngineNotSupportedError('moe_route: "groups" is a list of different names')
-        if not isinstance(self.plans, Mapping) or {UNSTEERED, DEFAULT_PLAN} & set(self.plans):
-            raise EngineNotSupportedError(
-                f'moe_route: "plans" maps names to files; "{DEFAULT_PLAN}" and "{UNSTEERED}" are taken'
-            )
-        for name in ("rows", "trace_limit"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise EngineNotSupportedError(f'moe_route: "{name}" is a number from 1, not {number!r}')
-        if not isinstance(self.trace, bool) and not (
-            isinstance(self.trace, tuple) and list(self.trace) == sorted({n for n in self.trace if type(n) is int})
-        ):
-            raise EngineNotSupportedError('moe_route: "trace" is true, false, or a list of layers in order')
-        for name in ("record", "sequences", "any_version"):
-            if not isinstance(getattr(self, name), bool):
-                raise EngineNotSupportedError(f'moe_route: "{name}" is true or false')
+        if not names or len(set(names)) != len(names):
+            raise ValueError('"groups" is a list of different names')
+        if {UNSTEERED, DEFAULT_PLAN} & set(self.plans):
+            raise ValueError(f'"plans" maps names to files; "{DEFAULT_PLAN}" and "{UNSTEERED}" are taken')
+        if isinstance(self.trace, tuple) and list(self.trace) != sorted(set(self.trace)):
+            raise ValueError('"trace" is true, false, or a list of layers in order')
+        if not set(self.metrics_groups) <= set(names) or len(self.metrics_groups) > _MOST_METRICS_GROUPS:
+            raise ValueError(f'"metrics_groups" is a list of at most {_MOST_METRICS_GROUPS} of the groups')
+        if self.save == "":
+            raise ValueError('"save" is the path of a file')
+        if self.every <= 0:
+            raise ValueError('"every" is a number of seconds above 0')
 
     @property
     def plan_names(self) -> tuple[str, ...]:
@@ -174,16 +211,18 @@ class Options:
         return (DEFAULT_PLAN, *self.plans)
 
 
-def _all_text(names: tuple[Any, ...]) -> bool:
-    return all(isinstance(name, str) for name in names)
+OPTIONS = Kind("vllm-options", Options, mark="")
+"""The options of an engine, under "moe_route" in its ``additional_config``."""
 
 
 def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str | None:
     """What is wrong with the arguments of a request, or None. A request that was let in cannot raise later."""
     given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith("moe_route_")}
-    unknown = sorted(set(given) - {GROUP, ITEM, PLAN})
+    known = (GROUP, ITEM, PLAN, WANTED, START)
+    near = misspelt(sorted(map(str, extra_args or {})), known)
+    unknown = sorted(set(given) - {*known}) or ([near[0]] if near else [])
     if unknown:
-        return f"{unknown[0]} is no argument of moe_route; there are {GROUP}, {ITEM} and {PLAN}"
+        return f"{unknown[0]} is no argument of moe_route: {meant(unknown[0], known)}"
     group, item, plan = (given.get(key) for key in (GROUP, ITEM, PLAN))
     if group is not None and group not in options.groups:
         return f"{GROUP}={group!r} is none of the groups of this engine: {', '.join(options.groups)}"
@@ -191,6 +230,13 @@ def request_error(options: Options, extra_args: Mapping[str, Any] | None) -> str
         return f"{ITEM} without {GROUP}: a request without a group is not counted"
     if item is not None and (isinstance(item, bool) or not isinstance(item, (str, int))):
         return f"{ITEM} is a text or a whole number, not {item!r}"
+    wanted, start = given.get(WANTED), given.get(START)
+    if wanted is not None and not options.routed_experts:
+        return f'{WANTED} wants an engine that starts with "moe_route": {{"routed_experts": true}}'
+    if wanted is not None and wanted not in _WANTED:
+        return f"{WANTED}={wanted!r} is none of {', '.join(_WANTED)}"
+    if start is not None and (wanted is None or isinstance(start, bool) or not isinstance(start, int) or start < 0):
+        return f"{START} is a number of tokens from 0, beside {WANTED}, not {start!r}"
     names = (*options.plan_names, UNSTEERED)
     if plan is not None and plan not in names:
         return f"{PLAN}={plan!r} is none of the plans of this engine: {', '.join(names)}"

@@ -30,6 +30,7 @@ from moe_route.integrations.vllm.options import (
     ITEM,
     PLAN,
     UNSTEERED,
+    WANTED,
     EngineNotSupportedError,
     Options,
     identity,
@@ -149,6 +150,12 @@ class PlanTables:
     def compiled(self, plan: str | bytes, model: str, config_hash: str) -> CompiledPlan:
         """A plan, a file's path or content, for all layers. Raises ``PlanError`` for one of another model."""
         made = plan_of(plan)
+        refused = sorted({rule.kind for rule in made.rules if not rule.served})
+        if refused:
+            raise EngineNotSupportedError(
+                f"moe_route: vLLM cannot run rules of the kind {', '.join(refused)}, which call Python in every layer: "
+                "use mr.attach in transformers"
+            )
         layers = self._stage.layers
         made.check_model(model, config_hash=config_hash, num_experts=[layer.num_experts for layer in layers])
         return self.fitted(made.compile(layers, self._options.groups))
@@ -266,9 +273,12 @@ def plan_of(plan: str | bytes) -> Plan:
     if isinstance(plan, str):
         return Plan.load(plan)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "plan.safetensors"
+        file = Path(folder) / ("plan.json" if plan.lstrip()[:1] == b"{" else "plan.safetensors")
         file.write_bytes(plan)
-        return Plan.load(file)
+        try:
+            return Plan.load(file)
+        except (files.FileRefusedError, PlanError) as error:
+            raise type(error)(str(error).replace(str(file), "the plan")) from None
 
 
 class PlannedItems:
@@ -367,9 +377,10 @@ class Prefixes:
             self._workers = joined(self._core.model_executor.collective_rpc("moe_route_prefixes"))[0]
         plan, group, item = identity(request.sampling_params, self._options)
         steered = self._workers.steered.get((plan, group))
-        request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache() or (
-            self._workers.counts and group is not None
-        )
+        params = request.sampling_params
+        asks = bool(((params and params.extra_args) or {}).get(WANTED))  # for its experts, and cached tokens have none
+        counted = self._options.count_cached and self._workers.counts and group is not None
+        request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache() or asks or counted
         self._salt(request, self._salt_of(steered, request.num_prompt_tokens, item))
 
     def _salt_of(self, steered: Steered | None, prompt: int, item: str | int | None) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from moe_route.base import files
 from moe_route.base.identity import library_versions
+from moe_route.calls.call import PHASES
 from moe_route.contract.tables import METRICS
 from moe_route.integrations.vllm.counts import StepTrace
 from moe_route.integrations.vllm.options import Options
@@ -37,7 +38,10 @@ class Recording:
         started: whether there ever was a recording.
         steps: number of steps that were counted.
         stop_strings: requests whose text may end at a string, where tokens behind it may have run in the same step.
+        aborted: requests of a group that were given up before their text had ended.
+        ungrouped: requests without a group.
         used_plans: hashes of the plans that steered while it ran.
+        changes: plans that clients changed while it ran: name, hash, time and client of each.
         trace: where the experts of single tokens are kept; None if no one asked for them.
     """
 
@@ -75,9 +79,7 @@ class Recording:
         """Drop everything. Requests that run now are part of no recording."""
         for table in self._tables.layers:
             table.zero_()
-        self._requests.forget_segments()
-        self._requests.counts = False
-        self._requests.tokens_run_again = self._requests.tokens_rejected = self._requests.tokens_lost = 0
+        self._requests.forget()
         widest = max((site.num_experts for site in self._sites), default=0)
         self._pool = SequencePool(len(self._options.groups), len(self._sites), widest, _COUNTED, entropy=True)
         self._free = list(range(self._most_requests - 1, -1, -1))
@@ -87,9 +89,11 @@ class Recording:
         if self.trace is not None:
             self.trace.forget()
         self.used_plans: set[str] = set()
+        self.changes: list[dict[str, str | None]] = []
         self._fingerprint: str | None = None
         self._failures: list[str] = []
-        self.steps = self.stop_strings = self._cached = self._without_room = 0
+        self._logged: set[str] = set()  # layers of which the log says that they are not balanced
+        self.steps = self.stop_strings = self.aborted = self.ungrouped = self._cached = self._without_room = 0
 
     def start(self, plans: Iterable[str]) -> None:
         """Count from the next request on; ``plans``: hashes of those that steer now."""
@@ -117,8 +121,8 @@ class Recording:
         if self.trace is not None:
             self.trace.begin(request)
 
-    def end(self, names: Iterable[str]) -> None:
-        """Add requests that ended to the averages over sequences."""
+    def end(self, names: Iterable[str], aborted: Collection[str] = ()) -> None:
+        """Add requests that ended to the averages over sequences; those that were ``aborted`` to none."""
         wanted = set(names)
         if not wanted:
             return
@@ -129,12 +133,15 @@ class Recording:
                 self.trace.end(request)
         lengths = {request.name: self._requests.routed(request) for request in known}
         ended = [request for request in self._requests.end([r.name for r in known]) if request.segment >= 0]
+        self.aborted += sum(request.name in aborted for request in ended)
         if not ended or not self._sites:
             return
         sums = self._as_transformers(self._tables.take_segments([request.segment for request in ended]))
-        averages = self._pool.add(sums, np.array([request.group for request in ended]))
-        self._keep(ended, averages)
         self._free += [request.segment for request in ended]
+        whole = [number for number, request in enumerate(ended) if request.name not in aborted]
+        if whole:
+            averages = self._pool.add(sums.at(whole), np.array([ended[number].group for number in whole]))
+            self._keep([ended[number] for number in whole], averages)
         for request in ended:
             self._fingerprint = add_fingerprints(self._fingerprint, self._identity(request, lengths[request.name]))
 
@@ -178,29 +185,62 @@ class Recording:
 
     # ---- answers
 
-    def refuse_gaps(self) -> None:
-        """Raise ``RecordingError`` if a request failed, a layer was never reached, or the tables were too small."""
+    def gaps(self) -> list[str]:
+        """What is missing in the recording: a request failed, a layer was never reached, the tables were too small."""
+        gaps = []
         if self._failures:
-            raise RecordingError(f"{len(self._failures)} requests were not steered as asked: {self._failures[0]}")
+            gaps.append(f"{len(self._failures)} requests were not steered as asked: {self._failures[0]}")
         silent = [site.name for site in self._sites if not site.reached]
         if silent and self.steps:
-            raise RecordingError(
+            gaps.append(
                 f"{len(silent)} layers were never reached ({silent[0]}, ...): the engine runs a graph compiled without "
                 "moe_route; delete vLLM's compile cache, or start with --enforce-eager"
             )
         if self._requests.tokens_lost:
-            raise RecordingError(
+            gaps.append(
                 f"of {self._requests.tokens_lost} tokens the engine never told whether they became text: start it with "
                 "vLLM's own scheduler, without --scheduler-cls"
             )
         if self._without_room:
-            raise RecordingError(
+            gaps.append(
                 f"{self._without_room} requests found no row in the tables, which have room for --max-num-seqs of them"
             )
+        return gaps
 
-    def statistics(self, model: dict[str, Any], vllm_version: str) -> RoutingStatistics:
-        """What was counted; ``model``: the entry of this name in the metadata."""
+    def refuse_gaps(self) -> None:
+        """Raise ``RecordingError`` if something is missing."""
+        for gap in self.gaps():
+            raise RecordingError(gap)
+
+    def _unbalanced(self, sums: TableSums) -> dict[str, dict[str, Any]]:
+        """The layers that did not count every token that steps laid out, by name; each is logged once."""
+        expected = self._requests.laid_out.reshape(len(PHASES), -1)[:, : len(self._options.groups)]
+        counted = sums.scalar("tokens")
+        broken: dict[str, dict[str, Any]] = {}
+        for layer in np.flatnonzero((counted != expected[..., None]).any(axis=(0, 1))).tolist():
+            site = self._sites[layer]
+            numbers = {"expected": int(expected.sum()), "counted": int(counted[..., layer].sum())}
+            broken[site.name] = {**numbers, "kernel": site.kernel}
+            if site.name not in self._logged:
+                logger.error(
+                    "moe_route: layer %s counted %d of the %d tokens that steps laid out: something went round its "
+                    "router (%s); its averages are left out",
+                    site.name,
+                    numbers["counted"],
+                    numbers["expected"],
+                    site.kernel,
+                )
+        self._logged.update(broken)
+        return broken
+
+    def statistics(self, model: dict[str, Any], vllm_version: str, *, sequences: bool = True) -> RoutingStatistics:
+        """What was counted; ``model``: the entry of this name in the metadata. ``sequences``: those that are kept too.
+
+        What is missing stands in the metadata: ``gaps``, and ``unbalanced``, whose layers have no averages.
+        """
         sums = self._as_transformers(self._tables.read_groups(len(self._options.groups)))
+        unbalanced, gaps = self._unbalanced(sums), self.gaps()
+        balanced = np.array([site.name not in unbalanced for site in self._sites])
         metrics = {name: table for name, table in sums.metrics.items() if name != "natural_counts" or self.used_plans}
         return RoutingStatistics(
             groups=self._options.groups,
@@ -209,8 +249,8 @@ class Recording:
             top_k=[site.top_k for site in self._sites],
             scalars=sums.scalars,
             metrics=metrics,
-            sequence_scalars=self._pool.scalars,
-            sequence_sums=self._pool.sums,
+            sequence_scalars=self._pool.scalars * balanced[:, None],
+            sequence_sums={kind: table * balanced[:, None] for kind, table in self._pool.sums.items()},
             entropy=True,
             metadata={
                 "model": model,
@@ -225,13 +265,19 @@ class Recording:
                 "captured_calls": 0,
                 "abandoned_sequences": 0,
                 "running_sequences": sum(request.segment >= 0 for request in self._requests.running.values()),
+                "aborted_requests": self.aborted,
+                "ungrouped_requests": self.ungrouped,
+                "ungrouped_tokens": self._requests.ungrouped_tokens,
                 "cached_tokens": self._cached,
                 "tokens_run_again": self._requests.tokens_run_again,
                 "tokens_rejected": self._requests.tokens_rejected,
                 **({"stop_strings": self.stop_strings} if self.stop_strings else {}),
                 **({} if self._store is None else {"repeated_items": self._repeated}),
+                **({"plan_changes": self.changes} if self.changes else {}),
+                **({"gaps": gaps} if gaps else {}),
+                **({"unbalanced": unbalanced} if unbalanced else {}),
             },
-            store=None if self._store is None else self._store.snapshot(),
+            store=None if self._store is None or not sequences else self._store.snapshot(),
         )
 
     def traced(self) -> Trace | None:

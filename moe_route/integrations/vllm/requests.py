@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from moe_route.calls.call import PHASES
+
 _PROMPT, _GROUP, _SEGMENT, _DONE, _PLAN, _COLUMNS = 0, 1, 2, 3, 4, 5
 
 
@@ -68,6 +70,9 @@ class RequestTable:
         tokens_run_again: tokens that were counted before.
         tokens_rejected: tokens of counted requests that did not become text.
         tokens_lost: tokens that were pending, and of which nothing was told. What was counted is then incomplete.
+        laid_out: int64 [phases * group capacity], by row of the tables: tokens that steps gave a group and a segment.
+            Every layer must count as many.
+        ungrouped_tokens: tokens that ran for requests without a group.
     """
 
     def __init__(self, groups: int, plans: int, capacity: int):
@@ -76,7 +81,8 @@ class RequestTable:
         self.group_capacity = self.segment_capacity = 0  # second phase begins here in the tables
         self.counts = False  # whether tokens are counted
         self.ahead = False
-        self.tokens_run_again = self.tokens_rejected = self.tokens_lost = 0
+        self.tokens_run_again = self.tokens_rejected = self.tokens_lost = self.ungrouped_tokens = 0
+        self.laid_out = np.zeros(0, np.int64)
         self._numbers = np.zeros((max(capacity, 1), _COLUMNS), np.int64)
         self._free: list[int] = list(range(len(self._numbers) - 1, -1, -1))
 
@@ -115,7 +121,10 @@ class RequestTable:
         """The positions of a request below ``end`` are counted from now on."""
         slot = self._slot(name)
         if slot >= 0:
-            self._numbers[slot, _DONE] = max(self._numbers[slot, _DONE], end)
+            fresh = end - int(self._numbers[slot, _DONE])
+            if self.counts and fresh > 0 and self._numbers[slot, _GROUP] < 0:
+                self.ungrouped_tokens += fresh
+            self._numbers[slot, _DONE] += max(fresh, 0)
 
     def tails(
         self, names: Sequence[str], counts: np.ndarray, starts: np.ndarray, drafts: np.ndarray | None
@@ -126,8 +135,11 @@ class RequestTable:
             return (starts + counts > prompts).astype(np.int64)
         return np.zeros(len(names), np.int64) if drafts is None else drafts
 
-    def forget_segments(self) -> None:
+    def forget(self) -> None:
         """A new recording begins: requests that run now are not part of it."""
+        self.counts = False
+        self.tokens_run_again = self.tokens_rejected = self.tokens_lost = self.ungrouped_tokens = 0
+        self.laid_out = np.zeros(len(PHASES) * self.group_capacity, np.int64)
         self._numbers[:, _SEGMENT] = -1
         for request in self.running.values():
             request.segment = -1
@@ -163,11 +175,20 @@ class RequestTable:
         rows[:, 1] = np.where(counted, phase * self.group_capacity + group, -1)
         rows[:, 2] = np.where(counted, phase * self.segment_capacity + segment, -1)
         rows[:, 3] = 1
-        self.tokens_run_again += int((positions < done).sum()) if self.counts else 0
         known = slots >= 0
         ends = (starts + counts - (0 if tails is None else tails))[known]
+        if self.counts:
+            self.tokens_run_again += int((positions < done).sum())
+            of_known = self._numbers[slots[known]]
+            fresh = ends - np.maximum(starts[known], of_known[:, _DONE])
+            self.ungrouped_tokens += int(fresh[(of_known[:, _GROUP] < 0) & (fresh > 0)].sum())
         self._numbers[slots[known], _DONE] = np.maximum(self._numbers[slots[known], _DONE], ends)
         return total
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Every layer is about to count the tokens of these rows of a token table, int32 [T, 4]."""
+        counted = rows[:, 1]
+        self.laid_out += np.bincount(counted[counted >= 0], minlength=len(self.laid_out))
 
     def _slot(self, name: str) -> int:
         request = self.running.get(name)

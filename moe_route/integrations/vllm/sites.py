@@ -79,6 +79,11 @@ class Site:
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))
     rows: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int32))  # those of a step, of `tokens`
 
+    @property
+    def kernel(self) -> str:
+        """The class of vLLM that runs its experts."""
+        return type(getattr(getattr(self.runner, "routed_experts", None), "quant_method", self.runner)).__name__
+
     def route(
         self,
         logits: Tensor,
@@ -110,6 +115,14 @@ class Site:
             **given,
         )
         return new_weights, new_ids
+
+
+def traced_buffers(site: Site, most_tokens: int) -> tuple[Tensor, Tensor]:
+    """Room for the ids and weights of the largest step."""
+    return (
+        torch.full((most_tokens, site.top_k), -1, dtype=torch.int16, device=site.device),
+        torch.zeros(most_tokens, site.top_k, device=site.device),
+    )
 
 
 def find_sites(model: nn.Module, model_type: str) -> list[Site]:
@@ -232,6 +245,12 @@ def hook(site: Site, index: int) -> None:
         return weights, ids
 
     router._compute_routing = compute_routing
+    if getattr(router, "capture_fn", None) is None:  # a decode path that skips the router asks whether there is one
+        router.set_capture_fn(_seen)
+
+
+def _seen(ids: Tensor) -> None:
+    """The choice was counted before."""
 
 
 # ---- which of the model's layers a worker holds

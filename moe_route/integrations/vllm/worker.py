@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import signal
+import threading
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +14,10 @@ from moe_route.base.devices import upload
 from moe_route.base.identity import config_hash
 from moe_route.integrations.vllm import operator, requests
 from moe_route.integrations.vllm.answers import StagePart, content_of, replica_path, saved
-from moe_route.integrations.vllm.counts import FIELD, Known, PendingTokens, StepCounts
+from moe_route.integrations.vllm.counts import ABORTED, FIELD, Known, PendingTokens, StepCounts
 from moe_route.integrations.vllm.options import (
     DEFAULT_PLAN,
+    GROUP,
     UNSTEERED,
     EngineNotSupportedError,
     Options,
@@ -26,11 +30,13 @@ from moe_route.integrations.vllm.options import (
 from moe_route.integrations.vllm.plans import PlanTables, TokenValues, Workers, steered_prefixes
 from moe_route.integrations.vllm.recording import Recording
 from moe_route.integrations.vllm.requests import RequestTable
+from moe_route.integrations.vllm.returned import ReturnedExperts, Routed
 from moe_route.integrations.vllm.sites import Site, check, find_sites, find_stage, hook
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.trace import Trace
 from moe_route.steering.compile import CompiledPlan
 
+logger = logging.getLogger(__name__)
 _GRAPH_ROWS = 256  # a CUDA graph may pad a step beyond the scheduler's limit
 
 
@@ -59,12 +65,14 @@ class Session:
             most_requests=most_requests,
             most_tokens=most_tokens,
         )
+        self._returned = ReturnedExperts(self.sites, most_tokens) if options.routed_experts else None
         captured = worker.device.type != "cpu" and not self._config.model_config.enforce_eager
         self._plans = PlanTables(self.sites, options, stage, worker.device, captured=captured)
         self._values = TokenValues(self._plans, self._requests, worker.device, self._recording.fail)
         self._make_token_tables(most_tokens, worker.device)
         self._counts = StepCounts(self.sites) if {site.device.type for site in self.sites} == {"cpu"} else None
-        self._former: tuple[str, CompiledPlan | None, set[str]] | None = None  # what ``take_back`` gives back
+        # what ``take_back`` gives back
+        self._former: tuple[str, CompiledPlan | None, set[str], list[dict[str, str | None]]] | None = None
         self._pending = self._pending_tokens(most_requests, worker.device)
         operator.connect(self.sites, self._counts, self._pending)
         for index, site in enumerate(self.sites):
@@ -82,6 +90,13 @@ class Session:
                 self.steer(path, name)
         if options.record:
             self.record()
+        own = self._config.parallel_config.distributed_executor_backend == "mp"
+        if options.save is not None and own and threading.current_thread() is threading.main_thread():
+            for number in (
+                signal.SIGINT,
+                signal.SIGTERM,
+            ):  # the core ends them, when they have told
+                signal.signal(number, signal.SIG_IGN)
 
     def _pending_tokens(self, most_requests: int, device: torch.device) -> PendingTokens | None:
         """Room for the tokens of a step that are counted after it, where there are such."""
@@ -106,10 +121,13 @@ class Session:
 
     # ---- verbs, called by name through collective_rpc
 
-    def steer(self, plan: str | bytes | None, name: str = DEFAULT_PLAN) -> str | None:
+    def steer(
+        self, plan: str | bytes | None, name: str = DEFAULT_PLAN, change: Mapping[str, str] | None = None
+    ) -> str | None:
         """Steer by a plan, a file's path or content, from the next step on; None ends it. Returns the plan's hash.
 
         ``name`` is the plan that requests choose by ``moe_route_plan``; those that choose none take "default".
+        ``change``: what the metadata says of it, if a client asked for it: client and time.
         """
         self._refuse_other_engine()
         self._former = None
@@ -117,13 +135,15 @@ class Session:
         compiled = None
         if plan is not None:
             compiled = self._plans.compiled(plan, self._config.model_config.model, self._config_hash())
-        former = self._plans.running.get(name), set(self._recording.used_plans)
+        former = self._plans.running.get(name), set(self._recording.used_plans), list(self._recording.changes)
         self._change(name, compiled)
         self._former = name, *former
-        if compiled is None:
-            return None
-        self._recording.used_plans.add(compiled.plan_hash)
-        return compiled.plan_hash
+        digest = None if compiled is None else compiled.plan_hash
+        if digest is not None:
+            self._recording.used_plans.add(digest)
+        if change is not None:
+            self._recording.changes.append({"plan": name, "hash": digest, **change})
+        return digest
 
     def _change(self, name: str, compiled: CompiledPlan | None) -> None:
         self._requests.plan_rows = self._plans.change(name, compiled)
@@ -133,7 +153,7 @@ class Session:
     def take_back(self) -> None:
         """Undo the latest ``steer``, if it changed a plan here: another worker refused it."""
         if self._former is not None:
-            name, compiled, self._recording.used_plans = self._former
+            name, compiled, self._recording.used_plans, self._recording.changes = self._former
             self._change(name, compiled)
             self._former = None
 
@@ -151,56 +171,61 @@ class Session:
         """Stop counting. What was counted is kept; ``statistics`` reads it, ``record`` forgets it."""
         self._requests.counts = False
 
-    def known(self, texts: Mapping[str, Known]) -> None:
-        """What the engine core knows of the texts of its requests; it calls this before every other verb."""
-        if self._pending is None:
-            return
-        rejected = self._pending.resolve(texts)
-        if self._recording.trace is not None:
-            self._recording.trace.drop(rejected)
+    def known(self, texts: Mapping[str, Known], ended: Collection[str] = (), aborted: Collection[str] = ()) -> None:
+        """What the engine core knows of its requests; it calls this before every other verb.
 
-    def statistics(self, path: str | None = None, idle: bool = False) -> bytes | str | StagePart | None:
+        ``ended``: those that ended since the latest step, which vLLM tells with the next one. ``aborted``: of these,
+        those that were given up before their text had ended.
+        """
+        if self._pending is not None:
+            rejected = self._pending.resolve(texts)
+            if self._recording.trace is not None:
+                self._recording.trace.drop(rejected)
+        self._recording.end(ended, aborted)
+
+    def statistics(
+        self, path: str | None = None, *, partial: bool = False, sequences: bool = True
+    ) -> bytes | str | StagePart | None:
         """Write what was counted to ``path``, or return the content of such a file; None on ranks but the first.
 
         With several stages of pipeline parallelism, the first rank of each hands its layers over, and the engine core
         writes the file of all. With several replicas of data parallelism, each writes a file of its own, whose name
         ends with the replica's number.
 
-        vLLM tells a worker with the next step which requests have ended. ``idle``: the caller knows that none is
-        running, so all are taken as ended. Otherwise the tokens of those not known to have ended are in the sums over
-        tokens only, and ``metadata["running_sequences"]`` says how many they are.
+        Requests that run are in the sums over tokens only, and ``metadata["running_sequences"]`` says how many they
+        are. ``sequences``: with those that are kept.
 
-        Raises ``RecordingError`` if nothing was recorded, a layer was never reached, or the tables were too small.
+        Raises ``RecordingError`` if nothing was recorded, and unless ``partial`` if something is missing: a layer did
+        not count every token that ran, or the tables were too small.
         """
         self._refuse_other_engine()
         if not self._recording.started:
             raise RecordingError(
                 'nothing is recorded: start the engine with "moe_route": {"record": true}, or call moe_route_record'
             )
-        return self._answer(path, idle, self._statistics)
+        return self._answer(path, lambda: self._statistics(partial, sequences), partial)
 
-    def _statistics(self) -> RoutingStatistics:
+    def _statistics(self, partial: bool, sequences: bool) -> RoutingStatistics:
         model = self._config.model_config
         entry = {"name": model.model, "class": model.architecture, "config_hash": self._config_hash()}
-        made = self._recording.statistics(entry, self._version)
-        made.verify()
+        made = self._recording.statistics(entry, self._version, sequences=sequences)
+        made.verify(partial=partial)
         return made
 
-    def trace(self, path: str | None = None, idle: bool = False) -> bytes | str | StagePart | None:
+    def trace(self, path: str | None = None) -> bytes | str | StagePart | None:
         """Write the trace to ``path``, or return the content of such a file; None on ranks but the first.
 
-        Stages, replicas and ``idle`` as for ``statistics``. Raises ``RecordingError`` if the engine keeps none.
+        Stages and replicas as for ``statistics``. Raises ``RecordingError`` if the engine keeps none.
         """
         self._refuse_other_engine()
-        return self._answer(path, idle, self._recording.traced)
+        return self._answer(path, self._recording.traced)
 
     def _answer(
-        self, path: str | None, idle: bool, read: Callable[[], RoutingStatistics | Trace | None]
+        self, path: str | None, read: Callable[[], RoutingStatistics | Trace | None], partial: bool = False
     ) -> bytes | str | StagePart | None:
         """What ``read`` makes, on the first rank of a stage that has routers."""
-        if idle:
-            self._recording.end(list(self._requests.running))
-        self._recording.refuse_gaps()
+        if not partial:
+            self._recording.refuse_gaps()
         parallel = self._config.parallel_config
         made = read() if self.sites and not self._worker.rank % parallel.tensor_parallel_size else None
         if made is None:
@@ -210,6 +235,11 @@ class Session:
         if parallel.pipeline_parallel_size > 1:
             return StagePart(type(made), content_of(made), path)
         return saved(made, path)
+
+    def routed(self, wanted: Mapping[str, tuple[int, int]]) -> dict[str, Routed] | None:
+        """The experts of requests that asked and end, from a position to another; None on ranks but the first."""
+        first = not self._worker.rank % self._config.parallel_config.tensor_parallel_size
+        return self._returned.routed(wanted) if self._returned is not None and self.sites and first else None
 
     def report(self) -> dict[str, Any]:
         """What was found and what runs, for a person."""
@@ -247,8 +277,9 @@ class Session:
 
     def _before(self, scheduled: Any) -> None:
         """Requests that ended and that are new, before the runner changes its own."""
-        self.known(getattr(scheduled, FIELD, {}))
-        self._recording.end(scheduled.finished_req_ids)
+        if self._returned is not None:
+            self._returned.end(scheduled.finished_req_ids)
+        self.known(getattr(scheduled, FIELD, {}), scheduled.finished_req_ids, getattr(scheduled, ABORTED, ()))
         for name in getattr(scheduled, "preempted_req_ids", None) or ():
             self._recording.keep_tokens(self._requests.running.get(name))  # the V2 runner forgets them
         for new in scheduled.scheduled_new_reqs:
@@ -267,6 +298,17 @@ class Session:
         request = self._requests.begin(
             new.req_id, prompt=prompt, group=code, segment=segment, plan=steered, item=item, first=cached
         )
+        if self._returned is not None:
+            self._returned.begin(new.req_id, getattr(new.sampling_params, "extra_args", None))
+        if code < 0 and self._requests.counts:
+            if not self._recording.ungrouped:
+                logger.warning(
+                    "moe_route: a request names no group, and is not counted: name one of %s by %s in vllm_xargs of "
+                    "its body, or in SamplingParams.extra_args",
+                    ", ".join(options.groups),
+                    GROUP,
+                )
+            self._recording.ungrouped += 1
         if segment >= 0:
             if self._requests.ahead and new.prompt_token_ids is not None:
                 request.ids = list(new.prompt_token_ids)
@@ -283,6 +325,9 @@ class Session:
         trace = self._recording.trace
         if trace is not None:
             trace.take()
+        if self._returned is not None:
+            self._returned.take()
+        asked = self._returned is not None and self._returned.lay_out(batch)
         rows, tails = self._host.numpy(), None
         if self._pending is not None:
             tails = self._requests.tails(batch.names, batch.counts, batch.starts, batch.drafts)
@@ -292,6 +337,8 @@ class Session:
         self._values.lay_out(rows[:total, 0], batch)
         if self._pending is not None and tails is not None:
             self._pending.lay_out(rows[:total], batch, tails)
+        if self._requests.counts:
+            self._requests.expect(rows[:total])
         self._host[total : self._dirty, :3] = -1
         most = max(total, self._dirty)
         step = self._step[:most]
@@ -302,11 +349,14 @@ class Session:
             self._tokens[:, :most, 0] = self._plans.layer_rows[:, step[:, 0]]
         self._dirty = total
         self._recording.steps += self._requests.counts
-        operator.set_work(self._work(bool((self._host[:total, 0] >= 0).any())))
+        operator.set_work(self._work(bool((self._host[:total, 0] >= 0).any()), asked))
 
-    def _work(self, steered: bool) -> operator.Work:
-        """What the operator must do in the step that is laid out; ``steered``: whether a rule reaches a token of it."""
-        if self._counts is None or self._recording.trace is not None:
+    def _work(self, steered: bool, asked: bool) -> operator.Work:
+        """What the operator must do in the step that is laid out.
+
+        ``steered``: whether a rule reaches a token of it. ``asked``: whether an answer will hold a token's experts.
+        """
+        if self._counts is None or asked or self._recording.trace is not None:
             return operator.Work.ROUTE
         if steered:
             return operator.Work.STEER
@@ -323,8 +373,9 @@ class Session:
         if self._pending is not None:
             self._pending.lose()
         self._values.clear()
-        if self._recording.trace is not None:
-            self._recording.trace.take()
+        for keeps in (self._recording.trace, self._returned):
+            if keeps is not None:
+                keeps.take()
         self._host[:, :3] = -1
         self._tokens[..., :3] = -1
         self._dirty = 0

@@ -70,13 +70,13 @@ function divergenceSection() {
       if (mode === "one") {
         const chart = el("div", {});
         view.append(chart);
-        lineChart(chart, { series: all, yLabel: "Routing divergence", describe, state, bounds });
+        lineChart(chart, { series: all, yLabel: "Routing divergence", describe, state, bounds, hatched: d.even });
         return;
       }
       const grid = el("div", { class: "multiples" });
       for (const script of scripts) {
         const chart = el("div", {}), mine = (s) => (language(s.name).script || "Other groups") === script;
-        lineChart(chart, { series: all.map((s) => ({ ...s, faint: !mine(s) })), yLabel: `Routing divergence, ${script}`, heading: "", describe, height: 190, bounds });
+        lineChart(chart, { series: all.map((s) => ({ ...s, faint: !mine(s) })), yLabel: `Routing divergence, ${script}`, heading: "", describe, height: 190, bounds, hatched: d.even });
         grid.append(el("div", {}, el("h3", {}, script), chart));
       }
       view.append(grid);
@@ -86,7 +86,7 @@ function divergenceSection() {
     show(first);
     const how = d.pairing === "paired" ? `the mean over ${many(d.pairs, "text")} of the divergence of each text from its translation` : "the divergence of the groups' mean distributions (texts were not paired)";
     host.append(el("figure", {}, view, el("figcaption", {}, `Reference: ${label(d.reference)}. ${normalized ? "Jensen-Shannon divergence of the routers' probabilities, corrected for their entropy, from 0 to 1" : d.measure}: ${how}.`,
-      d.low ? ` Bands: ${100 * d.level} % bootstrap intervals over texts.` : "", d.floor ? " Dotted: the floor of each group, the divergence between unrelated texts of one language. Only what lies above it can come from the languages." : "", d.undefined ? ` ${many(d.undefined, "value")} undefined and left out.` : "")));
+      d.low ? ` Bands: ${100 * d.level} % bootstrap intervals over texts.` : "", d.floor ? " Dotted: the floor of each group, the divergence between unrelated texts of one language. Only what lies above it can come from the languages." : "", d.undefined ? ` ${many(d.undefined, "value")} undefined and left out.` : "", d.even.length ? " Hatched: layers whose load is even, where this measure is large however little differs." : "")));
     host.append(valuesTable([...all.map((s) => [s.label, s.values]), ...(d.floor ? all.map((s) => [`floor, ${s.label}`, s.floor]) : [])], d.values[0].length));
   });
 }

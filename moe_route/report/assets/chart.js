@@ -14,7 +14,7 @@ function ticks(low, high, count = 5) {
 }
 
 // a series: {name, label, values, low, high, floor, color, dash, faint}; the heading stands over the vertical axis
-function lineChart(host, { series, yLabel, heading = yLabel, describe, height = 320, bounds = null, state = {}, emphasized = () => {}, dots = null, legend = true, zeroLine = false }) {
+function lineChart(host, { series, yLabel, heading = yLabel, describe, height = 320, bounds = null, state = {}, emphasized = () => {}, dots = null, legend = true, zeroLine = false, hatched = [] }) {
   const box = el("div", {});
   const list = el("ul", { class: "legend", "aria-label": "Lines; press one to bring it out" });
   const solid = series.filter((one) => !one.faint);
@@ -51,6 +51,10 @@ function lineChart(host, { series, yLabel, heading = yLabel, describe, height = 
     };
     const svg = draw("svg", { width, height, role: "img", tabindex: 0, "aria-label": `${yLabel} by layer, ${many(solid.length, "line")}. Left and right move along the layers, up and down between the lines. The values are in the table below.` });
     if (heading) svg.append(draw("text", { x: 2, y: 13 }, heading));
+    const half = layers > 1 ? (inner - 8) / (layers - 1) / 2 : inner / 2;
+    for (const layer of hatched) for (let from = -half; from < half; from += 5) {
+      svg.append(draw("line", { class: "axis", x1: x(layer) + from, x2: x(layer) + Math.min(from + 5, half), y1: top + down, y2: top }));
+    }
     const { found, digits } = ticks(least, most);
     for (const value of found) svg.append(draw("line", { class: "axis", x1: left, x2: width - right, y1: y(value), y2: y(value) }), draw("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, value.toFixed(digits)));
     const step = Math.max(1, Math.ceil(layers / Math.max(2, Math.floor(inner / 34))));

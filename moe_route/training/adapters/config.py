@@ -6,12 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from moe_route.base.schema import FileRefusedError
+
 RouterKind = Literal["none", "token", "sequence", "group"]
 Pooling = Literal["first", "prefix", "mean"]
 
 
 class AdapterError(ValueError):
     """Raised if adapters cannot be made, loaded or used as asked; the message names the fix."""
+
+
+class AdapterFileError(AdapterError, FileRefusedError):
+    """Raised for a file of adapters that is damaged, of another kind, or wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +148,12 @@ class AdapterConfig:
     def from_dict(cls, kept: Mapping[str, Any]) -> AdapterConfig:
         """The config of `as_dict`. Raises `AdapterError` for anything else."""
         if not isinstance(kept, Mapping) or set(kept) != {field.name for field in fields(cls)}:
-            raise AdapterError("the adapters' config is damaged, or of another version: save them again")
+            raise AdapterFileError("the adapters' config is damaged, or of another version: save them again")
         try:
             pool = None if kept["pool"] is None else ShardPool(**kept["pool"])
             return cls(**{**kept, "pool": pool})
         except TypeError as error:
-            raise AdapterError(f"the adapters' config is damaged ({error}): save them again") from error
+            raise AdapterFileError(f"the adapters' config is damaged ({error}): save them again") from error
 
 
 def _check_number(name: str, value: object, least: int) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.base.files import new_folder
-from moe_route.training.adapters.config import AdapterConfig, AdapterError, RouterKind
+from moe_route.base.schema import FileMissingError, FileRefusedError, load_json
+from moe_route.training.adapters.config import AdapterConfig, AdapterError, AdapterFileError, RouterKind
 from moe_route.training.adapters.handle import AdaptedModel, add_adapters
 
 _PREFIX = "base_model.model."
@@ -175,14 +176,14 @@ def _read(folder: Path) -> _Lora:
     settings = _settings(folder)
     weights = folder / _WEIGHTS
     if not weights.is_file():
-        raise AdapterError(f"{folder} has no {_WEIGHTS} (pickled weights are not read): save it again with PEFT")
+        raise AdapterFileError(f"{folder} has no {_WEIGHTS} (pickled weights are not read): save it again with PEFT")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{weights} is damaged ({error}): copy it again") from error
+        raise AdapterFileError(f"{weights} is damaged ({error}): copy it again") from error
     parts: dict[str, dict[str, Tensor]] = {}
     own: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -192,15 +193,17 @@ def _read(folder: Path) -> _Lora:
         name, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
         part = f"lora_{part}"
         if not key.startswith(_PREFIX) or part not in _PARTS or tensor.dim() != 2:
-            raise AdapterError(f"{weights} holds {key!r}, which is no factor of a layer: only plain LoRA is read")
+            raise AdapterFileError(f"{weights} holds {key!r}, which is no factor of a layer: only plain LoRA is read")
         parts.setdefault(name, {})[_PARTS[part]] = tensor.float()
     half = next((name for name, pair in parts.items() if len(pair) < 2), None)
     if half is not None or not parts:
-        raise AdapterError(f"{weights} holds half of a pair of factors, or none ({half}): copy it again")
+        raise AdapterFileError(f"{weights} holds half of a pair of factors, or none ({half}): copy it again")
     ranks = {len(pair["A"]) for pair in parts.values()} | {pair["B"].shape[1] for pair in parts.values()}
     rank = settings["r"]
     if ranks != {rank}:
-        raise AdapterError(f"{weights} has factors of ranks {sorted(ranks)}, its settings say {rank}: one rank is read")
+        raise AdapterFileError(
+            f"{weights} has factors of ranks {sorted(ranks)}, its settings say {rank}: one rank is read"
+        )
     root = math.sqrt(rank) if settings.get("use_rslora") else rank
     factors = {name: (pair["A"], pair["B"]) for name, pair in parts.items()}
     return _Lora(factors, own, settings["lora_alpha"] / root, rank)
@@ -209,18 +212,18 @@ def _read(folder: Path) -> _Lora:
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / _SETTINGS
     try:
-        settings = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{folder} has no {_SETTINGS}: it is no LoRA folder of PEFT") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}): copy it again") from error
+        settings = load_json(path, foreign=True)
+    except FileMissingError:
+        raise AdapterFileError(f"{folder} has no {_SETTINGS}: it is no LoRA folder of PEFT") from None
+    except FileRefusedError as error:
+        raise AdapterFileError(f"{path} cannot be read ({error}): copy it again") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
-        raise AdapterError(f"{path} is of {kind!r}: only LORA is read")
+        raise AdapterFileError(f"{path} is of {kind!r}: only LORA is read")
     for name, plain in _PLAIN.items():
         if settings.get(name) not in plain:
-            raise AdapterError(f"{path}: {name}={settings[name]!r} is not plain LoRA, which is all that is read")
+            raise AdapterFileError(f"{path}: {name}={settings[name]!r} is not plain LoRA, which is all that is read")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)):
-        raise AdapterError(f"{path} has no rank and alpha: save it again with PEFT")
+        raise AdapterFileError(f"{path} has no rank and alpha: save it again with PEFT")
     return settings

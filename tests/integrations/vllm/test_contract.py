@@ -38,7 +38,19 @@ FIELDS = {
         "scheduled_new_reqs",
         "scheduled_spec_decode_tokens",
     ),
-    "vllm.v1.core.sched.scheduler:Scheduler": ("requests", "vllm_config"),
+    "vllm.v1.core.sched.scheduler:Scheduler": ("requests", "vllm_config", "finished_req_ids"),
+    "vllm.v1.engine:EngineCoreRequestType": ("WAKEUP",),
+    "vllm.v1.engine:EngineCoreOutput": ("request_id", "finish_reason", "routed_experts"),
+    "vllm.v1.engine:EngineCoreOutputs": ("outputs",),
+    "vllm.v1.engine.core:EngineCoreProc": ("input_queue",),
+    "vllm.v1.engine.core:DPEngineCoreProc": ("dp_group",),
+    "vllm.v1.request:RequestStatus": ("FINISHED_ABORTED",),
+    "vllm.v1.engine.core_client:MPClient": ("core_engines",),
+    "vllm.outputs:CompletionOutput": ("routed_experts",),
+    "vllm.entrypoints.openai.completion.protocol:CompletionResponseChoice": ("routed_experts",),
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionResponseChoice": ("routed_experts",),
+    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin": ("name", "required_tasks", "attach_router", "init_state"),
+    "vllm.config.model:ModelConfig": ("get_num_experts", "get_total_num_hidden_layers"),
     "vllm.config.speculative:SpeculativeConfig": ("num_speculative_tokens",),
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "req_ids",
@@ -89,14 +101,15 @@ FIELDS = {
 
 @cache
 def module(source: str, name: str) -> ast.Module:
-    path = name.replace(".", "/") + ".py"
+    paths = [name.replace(".", "/") + end for end in (".py", "/__init__.py")]
     if source == "installed":
         found = find_spec("vllm")
         assert found is not None
         assert found.origin is not None
-        return ast.parse((Path(found.origin).parents[1] / path).read_text(encoding="utf-8"))
+        path = next(path for one in paths if (path := Path(found.origin).parents[1] / one).is_file())
+        return ast.parse(path.read_text(encoding="utf-8"))
     with zipfile.ZipFile(next(wheel for wheel in WHEELS if wheel.name == source)) as wheel:
-        return ast.parse(wheel.read(path))
+        return ast.parse(wheel.read(next(one for one in paths if one in wheel.namelist())))
 
 
 def class_at(source: str, place: str) -> ast.ClassDef:
@@ -123,11 +136,12 @@ def test_attributes_that_are_read_exist(place: str, source: str) -> None:
     of = class_at(source, place)
     found = set(methods(of))
     for node in ast.walk(of):
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name):
-            found.add(target.id)
-        elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
-            found.add(target.attr)
+        first = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        for target in first.elts if isinstance(first, ast.Tuple) else [first]:
+            if isinstance(target, ast.Name):
+                found.add(target.id)
+            elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
+                found.add(target.attr)
     assert set(FIELDS[place]) <= found
 
 

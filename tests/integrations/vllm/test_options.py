@@ -27,18 +27,24 @@ def test_without_options_nothing_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"group": ["a"]}, "no option group; there are groups, plan"),
-        ({"groups": "ab"}, "list of different names"),
+        ({"group": ["a"]}, 'no key "group": did you mean "groups"'),
+        ({"groups": "ab"}, 'groups is "ab": give a list'),
         ({"groups": []}, "list of different names"),
         ({"groups": ["a", "a"]}, "list of different names"),
-        ({"groups": [1]}, "list of different names"),
+        ({"groups": [1]}, r"groups\[0\] is 1"),
         ({"plans": {"none": None}}, "are taken"),
-        ({"rows": 0}, "a number from 1"),
+        ({"rows": 0}, "a whole number from 1"),
         ({"record": "yes"}, "true or false"),
-        ({"trace": "all"}, "list of layers in order"),
+        ({"trace": "all"}, 'trace is "all": give true'),
         ({"trace": [2, 1]}, "list of layers in order"),
-        ({"trace_limit": True}, '"trace_limit" is a number from 1'),
-        ([], "options by name"),
+        ({"trace_limit": True}, "trace_limit is true"),
+        ({"metrics_groups": ["a"]}, "at most 8 of the groups"),
+        ({"groups": list("abcdefghi"), "metrics_groups": list("abcdefghi")}, "at most 8 of the groups"),
+        ({"save": True}, "save is true"),
+        ({"every": 0}, "seconds above 0"),
+        ({"every": float("nan")}, "every is NaN"),
+        ({"admin": "yes"}, "true or false"),
+        ([], "give a table"),
     ],
 )
 def test_wrong_options_are_refused(given: Any, words: str) -> None:
@@ -106,7 +112,7 @@ def test_other_versions_are_refused_unless_asked_for(version: str) -> None:
         check_version(version)
 
 
-OPTIONS = Options(groups=("a", "b"), plans={"soft": None})
+OPTIONS = Options(groups=("a", "b"), plans={"soft": None}, routed_experts=True)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +124,7 @@ OPTIONS = Options(groups=("a", "b"), plans={"soft": None})
         {"moe_route_group": "a", "moe_route_item": 3},
         {"moe_route_plan": "soft"},
         {"moe_route_plan": "none", "moe_route_group": "b"},
+        {"moe_route_experts": "float16", "moe_route_from": 3},
     ],
 )
 def test_requests_that_are_let_in(extra: Any) -> None:
@@ -133,10 +140,19 @@ def test_requests_that_are_let_in(extra: Any) -> None:
         ({"moe_route_item": "x"}, "without moe_route_group"),
         ({"moe_route_group": "a", "moe_route_item": True}, "text or a whole number"),
         ({"moe_route_row": 1}, "no argument of moe_route"),
+        ({"moe_route_experts": True}, "none of ids, float32, float16"),
+        ({"moe_route_from": 3}, "beside moe_route_experts"),
+        ({"moe_route_experts": "ids", "moe_route_from": -1}, "tokens from 0"),
+        ({"moe_rout_plan": "soft"}, 'did you mean "moe_route_plan"'),
+        ({"Moe_Route_Group": "a"}, 'did you mean "moe_route_group"'),
     ],
 )
 def test_requests_that_are_refused(extra: dict[str, Any], words: str) -> None:
     assert words in (request_error(OPTIONS, extra) or "")
+
+
+def test_an_engine_without_room_for_experts_refuses_a_request_that_asks_for_them() -> None:
+    assert '"routed_experts": true' in (request_error(Options(), {"moe_route_experts": "ids"}) or "")
 
 
 @pytest.mark.parametrize(

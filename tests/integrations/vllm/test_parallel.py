@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def test_a_file_of_all_layers_is_written_once(llm: Any, rows: list[Row], tmp_pat
     assert set(hashes) == {PLAN.hash}
     expected = in_vllm(llm, rows[:3]).statistics
     path = str(tmp_path / "statistics.safetensors")
-    assert llm.collective_rpc("moe_route_statistics", args=(path, True)) == [path] + [None] * (len(hashes) - 1)
+    assert llm.collective_rpc("moe_route_statistics", args=(path,)) == [path] + [None] * (len(hashes) - 1)
     assert RoutingStatistics.load(path) == expected
     assert sorted(os.listdir(tmp_path)) == ["plan.safetensors", "statistics.safetensors"]
 
@@ -152,3 +153,24 @@ def test_prefixes_are_shared_by_requests_that_are_steered_alike(llm: Any, demo: 
         found = [llm.generate([prompt], one, use_tqdm=False)[0] for prompt, one in zip(prompts, params, strict=True)]
         assert [list(one.outputs[0].token_ids) for one in found] == expected
         assert [one.num_cached_tokens for one in found] == [cached] * 2
+
+
+def pid_of(worker: Any) -> int:
+    return os.getpid()
+
+
+def test_an_interrupted_engine_of_two_workers_saves(rows: list[Row], tmp_path: Path) -> None:
+    """Ctrl-C in a terminal reaches the workers too, which would end before they have told what they counted."""
+    path = tmp_path / "books.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in install(tmp_path):
+            patch.syspath_prepend(folder)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        options = {"groups": GROUPS, "record": True, "save": str(path), "every": 3600}
+        made = engine(options, tensor_parallel_size=2)
+        found = in_vllm(made, rows[:4], record=False)
+        for worker in made.collective_rpc(pid_of):
+            os.kill(worker, signal.SIGINT)
+        made.llm_engine.engine_core.shutdown()
+    assert RoutingStatistics.load(path) == found.statistics

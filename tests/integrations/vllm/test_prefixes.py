@@ -52,9 +52,9 @@ class Core:
 STEERED = {("default", "soft"): Steered("s", False), ("default", "late"): Steered("l", True)}
 
 
-def prefixes(*, counts: bool = False) -> tuple[Core, Prefixes]:
+def prefixes(*, counts: bool = False, **options: Any) -> tuple[Core, Prefixes]:
     core = Core(Workers(counts, STEERED))
-    return core, Prefixes(core, Options(groups=GROUPS, plans={"other": None}))
+    return core, Prefixes(core, Options(groups=GROUPS, plans={"other": None}, **options))
 
 
 def salt_of(made: Prefixes, **settings: Any) -> str | None:
@@ -97,6 +97,14 @@ def test_requests_that_are_counted_do_not_read_the_cache() -> None:
     _, made = prefixes(counts=True)
     for group, skips in (("plain", True), (None, False)):
         request = Request(**({"group": group} if group else {}))
+        made.prepare(request)
+        assert request.skip_reading_prefix_cache == skips
+
+
+def test_counted_requests_read_the_cache_where_cached_tokens_need_not_count() -> None:
+    _, made = prefixes(counts=True, count_cached=False)
+    for asks, skips in (({}, False), ({"experts": "ids"}, True)):
+        request = Request(group="plain", **asks)
         made.prepare(request)
         assert request.skip_reading_prefix_cache == skips
 

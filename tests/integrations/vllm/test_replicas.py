@@ -49,10 +49,11 @@ def post(folder: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
     PLAN.save(plan)
     gaps = folder / "gaps"
     gaps.mkdir()
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_PLUGINS": "moe_route,cpu_gaps"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     environment["PYTHONPATH"] = os.pathsep.join([*install(gaps), os.environ.get("PYTHONPATH", "")])
-    options = {"moe_route": {"groups": GROUPS, "plan": str(plan), "record": True}}
+    books = {"save": str(folder / "books.safetensors"), "every": 3600}
+    options = {"moe_route": {"groups": GROUPS, "plan": str(plan), "record": True, **books}}
     settings = {
         "model": demo_model_folder(),
         "served-model-name": "demo",
@@ -67,12 +68,14 @@ def post(folder: Path) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     command += ["--enable-expert-parallel", *(f"--{name}={value}" for name, value in settings.items())]
 
-    def posted(path: str, body: dict[str, Any]) -> Any:
+    def posted(path: str, body: dict[str, Any] | None) -> Any:
         request = urllib.request.Request(
-            f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"http://127.0.0.1:{port}{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)
+            return answer.read() if body is None else json.load(answer)
 
     log = folder / "server.log"
     with (
@@ -108,7 +111,7 @@ def test_files_of_replicas_add_up_to_what_transformers_counts(
         texts = list(threads.map(text, rows))
     assert texts == expected["steered"].texts
     path = folder / "statistics.safetensors"
-    answers = post("/collective_rpc", {"method": "moe_route_statistics", "args": [str(path), True]})
+    answers = post("/collective_rpc", {"method": "moe_route_statistics", "args": [str(path)]})
     assert answers["results"] == [str(folder / "statistics-0.safetensors")]  # vLLM gives the first replica's answer
     replicas = [mr.RoutingStatistics.load(folder / f"statistics-{number}.safetensors") for number in range(2)]
     assert all(replica.tokens().sum() for replica in replicas)
@@ -124,10 +127,30 @@ def test_files_of_replicas_add_up_to_what_transformers_counts(
     assert found.metadata["plans"] == [PLAN.hash]
 
 
+def test_a_route_answers_for_all_replicas(post: Any, folder: Path, expected: dict[str, Answers]) -> None:
+    file = folder / "all.safetensors"
+    file.write_bytes(post("/v1/moe_route/statistics", None))
+    found, there = mr.RoutingStatistics.load(file), expected["steered"].statistics
+    np.testing.assert_array_equal(found.token_sum("counts"), there.token_sum("counts"))
+    assert len(json.loads(post("/v1/moe_route", None))["replicas"]) == 2
+
+
+def test_every_replica_keeps_its_own_books(post: Any, folder: Path, expected: dict[str, Answers]) -> None:
+    saved = post("/v1/moe_route/save", {})["saved"]
+    assert [one["file"] for one in saved] == ["books.rank0.safetensors", "books.rank1.safetensors"]
+    parts = [mr.RoutingStatistics.load(folder / one["file"]) for one in saved]
+    assert [part.metadata["generation"] for part in parts] == ["1", "1"]
+    there = expected["steered"].statistics
+    np.testing.assert_array_equal((parts[0] + parts[1]).token_sum("counts"), there.token_sum("counts"))
+
+
 def test_a_verb_reaches_all_replicas(post: Any, folder: Path, rows: list[Row]) -> None:
-    for verb in ("record", "pause"):
-        post("/collective_rpc", {"method": f"moe_route_{verb}"})
-    path = folder / "empty.safetensors"
-    post("/collective_rpc", {"method": "moe_route_statistics", "args": [str(path), True]})
+    post("/collective_rpc", {"method": "moe_route_pause"})
+    for row in rows[:4]:
+        extra = {"moe_route_group": row.group}
+        post("/v1/completions", {"model": "demo", "prompt": row.ids, "max_tokens": 2, "vllm_xargs": extra})
+    post("/collective_rpc", {"method": "moe_route_statistics", "args": [str(folder / "later.safetensors")]})
     for number in range(2):
-        assert not mr.RoutingStatistics.load(folder / f"empty-{number}.safetensors").tokens().any()
+        names = [folder / f"{name}-{number}.safetensors" for name in ("statistics", "later")]
+        before, after = (mr.RoutingStatistics.load(name).tokens() for name in names)
+        np.testing.assert_array_equal(before, after)

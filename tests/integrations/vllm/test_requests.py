@@ -17,7 +17,9 @@ def table_of(requests: RequestTable, names: list[str], counts: list[int], starts
 
 def counting(plans: int = 1) -> RequestTable:
     requests = RequestTable(groups=2, plans=plans, capacity=2)
-    requests.group_capacity, requests.segment_capacity, requests.counts = 2, 8, True
+    requests.group_capacity, requests.segment_capacity = 2, 8
+    requests.forget()
+    requests.counts = True
     return requests
 
 
@@ -73,7 +75,7 @@ def test_nothing_is_counted_while_paused_and_requests_of_before_a_recording_neve
     assert (table_of(requests, ["a"], [2], [0])[:, 1] == -1).all()
     requests.counts = True
     assert table_of(requests, ["a"], [2], [2])[:, 1].tolist() == [0, 0]
-    requests.forget_segments()
+    requests.forget()
     assert (table_of(requests, ["a"], [2], [4])[:, 1] == -1).all()
 
 
@@ -83,3 +85,28 @@ def test_slots_are_used_again() -> None:
         request = requests.begin(str(number), prompt=1, group=0, segment=0, plan=0)
         assert request.slot < 2
         assert requests.end([str(number), "unknown"]) == [request]
+
+
+def test_tokens_are_expected_by_phase_and_group_and_once() -> None:
+    requests = counting()
+    requests.begin("a", prompt=3, group=1, segment=0, plan=0)
+    for count, start in ((4, 0), (1, 4), (5, 0), (1, 5)):  # preempted after five tokens, and run again
+        requests.expect(table_of(requests, ["a"], [count], [start]))
+    assert requests.laid_out.tolist() == [0, 3, 0, 3]
+    requests.forget()
+    assert not requests.laid_out.any()
+
+
+def test_tokens_without_a_group_are_counted_apart_and_once() -> None:
+    requests = counting()
+    requests.begin("a", prompt=2, group=-1, segment=-1, plan=0)
+    requests.begin("b", prompt=2, group=0, segment=0, plan=0)
+    requests.expect(table_of(requests, ["a", "b"], [3, 3], [0, 0]))
+    requests.expect(table_of(requests, ["a"], [4], [0]))  # three of them ran before
+    assert requests.ungrouped_tokens == 4
+    assert requests.laid_out.sum() == 3
+    tails = np.array([2])
+    requests.fill(np.zeros((8, 4), np.int32), ["a"], np.array([3]), np.array([4]), tails)  # two may not become text
+    assert requests.ungrouped_tokens == 5
+    requests.advance("a", 6)
+    assert requests.ungrouped_tokens == 6

@@ -175,7 +175,7 @@ def test_a_trace_is_that_of_transformers(llm: Any, ids: list[list[int]], tmp_pat
     np.testing.assert_allclose(found.weights, expected.weights, atol=1e-3)
     assert found.weights.dtype == expected.weights.dtype
     assert found.ids.dtype == expected.ids.dtype
-    path = llm.collective_rpc("moe_route_trace", args=(str(tmp_path / "trace.safetensors"), True))[0]
+    path = llm.collective_rpc("moe_route_trace", args=(str(tmp_path / "trace.safetensors"),))[0]
     np.testing.assert_array_equal(Trace.load(path).ids, trace.ids)
 
 
