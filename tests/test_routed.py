@@ -7,6 +7,8 @@ import copy
 import gc
 import inspect
 import json
+import os
+import subprocess
 import sys
 import threading
 import warnings
@@ -22,6 +24,7 @@ from harness.tiny_models import MAIN, tiny_model, tokens
 from torch import nn
 
 import moe_route as mr
+from moe_route.base.devices import Block
 from moe_route.base.identity import checkpoint_of, config_hash
 from moe_route.patching import AlreadyAttachedError
 from moe_route.recording import Recorder, RecordingError
@@ -474,6 +477,78 @@ def test_threads_are_refused_with_the_reason_and_disturb_nobody(model: nn.Module
         "the model was called in one thread while another was running it (or was interrupted in it)"
     }
     assert rec.statistics().tokens()[0, 0] == 5 * went
+
+
+def test_two_models_are_recorded_and_steered_in_two_threads_as_one_after_the_other() -> None:
+    models = [tiny_model(name, head=True) for name in ("qwen3_moe", "mixtral")]
+
+    def recorded(number: int) -> mr.RoutingStatistics:
+        with mr.attach(models[number]) as routed, routed.steer(mr.Plan.force_on({1: [3]})), routed.record() as rec:
+            for seed in range(6):
+                with rec.labels(groups=str(number)):
+                    logits(models[number], tokens(2, 5, seed))
+        return rec.statistics()
+
+    expected = [recorded(number) for number in range(2)]
+    found: dict[int, mr.RoutingStatistics] = {}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=lambda n=n: found.update({n: recorded(n)})) for n in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert [found[number] for number in range(2)] == expected
+
+
+ENDS = """
+import random, sys
+import torch
+from harness.tiny_models import tiny_model, tokens
+import moe_route as mr
+from moe_route.base.devices import Block
+
+random.seed(int(sys.argv[1]))
+model = tiny_model("qwen3_moe", head=True)
+routed = mr.attach(model)
+recorder = routed.record(sequences=True, trace=True)
+recorder.__enter__()
+with torch.no_grad():
+    model(input_ids=tokens(2, 5))
+statistics, trace = recorder.statistics(), recorder.trace()
+steered = routed.steer(mr.Plan.force_on({0: [3]}))
+steered.__enter__()
+left = routed.steer(mr.Plan.force_on({0: [3]}))  # never entered
+half = Block.__new__(Block)  # whose __init__ never ran
+names = ["model", "routed", "recorder", "statistics", "trace", "steered", "left", "half"]
+random.shuffle(names)
+kept = [globals().pop(name) for name in names]
+kept.append(kept)  # a circle, which the collector takes apart in its own order
+sys.modules["moe_route.kept"] = kept
+"""
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 6))])
+def test_objects_that_die_in_any_order_at_the_end_print_nothing(seed: int) -> None:
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", ENDS, str(seed)]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(mr.__file__).parents[1])])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_block_never_raises_when_it_dies(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", failures.append)
+    Block.__new__(Block).__del__()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Block("routed.steer(plan)", contextlib.nullcontext())
+        gc.collect()
+    assert failures == []
+    assert "routed.steer(plan) was never entered" in capsys.readouterr().err
 
 
 def test_a_call_is_over_only_when_its_tokens_are_counted(

@@ -1,1 +1,1 @@
-"""What rooms of two floors and more use, without importing ours: files, hub, devices, identity, ranks, tables."""
+"""What several floors use, without importing ours: files, budget, hub, devices, identity, ranks, tables."""

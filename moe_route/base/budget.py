@@ -98,6 +98,8 @@ class Budget:
 
     def unpack(self, packed: int, unpacked: int) -> None:
         """Draw bytes of an archive before they are unpacked. Raises `BudgetError` if they are too many."""
+        if packed > self._bytes:
+            raise self._refused(f"it has {self._bytes} bytes, and says that {packed} of them are packed")
         self._unpacked += unpacked
         if self._unpacked > self._times * (_UNPACKED + _RATIO * max(packed, 0)):
             raise self._refused(f"its {packed} packed bytes would become {unpacked}")

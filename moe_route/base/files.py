@@ -325,6 +325,9 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     _settle(target, old)
     if not replace:
         check_new_folder(path)
+    if target.is_dir() and target.name.startswith(".") and target.suffix == _UNFINISHED:
+        yield target  # the folder of a block around this one, which makes it whole or deletes it
+        return
     with _explained(target, _NOT_ALLOWED | _FULL_DISK):
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished, descriptor = _new_unfinished(target)
@@ -333,10 +336,6 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
             yield unfinished
         if replace and target.exists():
             target.rename(old)  # a process that is killed here leaves it to the next one
-        if target.name.startswith(".") and target.suffix == _UNFINISHED:  # of a block around this one, which locked it
-            for part in unfinished.iterdir():
-                part.rename(target / part.name)
-            return
         try:
             unfinished.rename(target)
         except OSError as error:

@@ -11,6 +11,7 @@ Parsing imports neither torch nor numpy: each command imports its modules when i
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -89,6 +90,9 @@ def _run(argv: Sequence[str] | None) -> int:
     from moe_route.cli.interrupt import INTERRUPTED
 
     _log_to_standard_error()
+    for stream in (sys.stdout, sys.stderr):  # a result is not lost because a terminal lacks a letter
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     whole = parser()
     _refuse_unknown(whole, words)

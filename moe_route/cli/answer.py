@@ -58,7 +58,7 @@ def _write_table(path: Path, answer: Answer) -> None:
     frame = answer.frame()
     with files.replacing(path) as stream:
         if path.suffix.lower() == ".csv":
-            stream.write(csv_text(frame).encode(errors="backslashreplace"))
+            stream.write(csv_text(frame).encode())
         else:
             frame.to_parquet(stream, index=False)
 

@@ -168,11 +168,7 @@ def read_archive(path: Path, archive: zipfile.ZipFile, budget: Budget) -> Any:
     if "data.pkl" not in members:
         raise FileRefusedError(f"{path} is a zip archive, neither of arrays nor made by torch.save: give one of these")
 
-    def read(member: zipfile.ZipInfo) -> bytes:
-        budget.unpack(member.compress_size, member.file_size)
-        return archive.read(member)
-
-    if "byteorder" in members and read(members["byteorder"]) == b"big":
+    if "byteorder" in members and unpacked(archive, members["byteorder"], budget) == b"big":
         raise FileRefusedError(f"{path} is of a big-endian machine: save its tensors as .npz or .safetensors there")
 
     def storage(reference: Any) -> torch.Tensor:
@@ -181,14 +177,27 @@ def read_archive(path: Path, archive: zipfile.ZipFile, budget: Budget) -> Any:
         if not 0 <= size <= member.file_size:
             raise ValueError(f"storage {key} has {member.file_size} bytes, and not {count} elements")
         if not count or member.compress_type != zipfile.ZIP_STORED:
-            return torch.frombuffer(bytearray(read(member)), dtype=dtype, count=count) if count else torch.empty(0)
+            return (
+                torch.frombuffer(bytearray(unpacked(archive, member, budget)), dtype=dtype, count=count)
+                if count
+                else torch.empty(0)
+            )
         with archive.open(member), open(path, "rb") as stream:  # the first checks that the member is there
             stream.seek(member.header_offset + _ZIP_LENGTHS)
             start = member.header_offset + _ZIP_HEAD + sum(struct.unpack("<HH", stream.read(4)))  # of name and extra
         mapped = np.memmap(path, np.uint8, "c", start, (size,))
         return torch.from_numpy(np.array(mapped) if start % dtype.itemsize else mapped).view(dtype)
 
-    return _content(io.BytesIO(read(members["data.pkl"])), budget, storage)
+    return _content(io.BytesIO(unpacked(archive, members["data.pkl"], budget)), budget, storage)
+
+
+def unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo, budget: Budget) -> bytes:
+    """The bytes of a member of an archive, as many as it states, drawn from the budget."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is packed in a way that neither numpy nor torch writes")
+    budget.unpack(member.compress_size, member.file_size)
+    with archive.open(member) as stream:
+        return stream.read(member.file_size)  # without a size, what is more than stated would be unpacked, too
 
 
 def _referred(reference: Any) -> tuple[torch.dtype, str, int]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from moe_route.base import files
 from moe_route.base.budget import Budget, BudgetError, FileRefusedError, extent
-from moe_route.convert.pickles import OLD_TORCH, read_archive, read_pickle
+from moe_route.convert.pickles import OLD_TORCH, read_archive, read_pickle, unpacked
 from moe_route.recording import RoutingStatistics
 
 _LONGEST_JSON = 1 << 30  # bytes; Python needs about ten times as much memory to parse it
@@ -63,7 +63,7 @@ class Source:
 
     def array(self, value: Any) -> np.ndarray:
         """Numbers of an array, a tensor (bfloat16 as float32) or nested lists; ``ValueError`` for anything else."""
-        self.room(_numbers_in(value, self.budget, 0))
+        self.room(_numbers_in(value, self.budget, {}, 0))
         try:
             array = np.asarray(value)
         except ValueError as error:
@@ -78,8 +78,8 @@ class Source:
         return shape
 
 
-def _numbers_in(value: Any, budget: Budget, depth: int) -> int:
-    """How many numbers an array, or nested lists, would hold.
+def _numbers_in(value: Any, budget: Budget, known: dict[int, int], depth: int) -> int:
+    """How many numbers an array, or nested lists, would hold; ``known`` are lists that were counted, by their ids.
 
     ``ValueError`` for text, all of which would take the width of the longest.
     """
@@ -90,7 +90,9 @@ def _numbers_in(value: Any, budget: Budget, depth: int) -> int:
     if not isinstance(value, (list, tuple)):
         return 1
     budget.enter(depth)
-    return sum(_numbers_in(item, budget, depth + 1) for item in value)
+    if id(value) not in known:
+        known[id(value)] = sum(_numbers_in(item, budget, known, depth + 1) for item in value)
+    return known[id(value)]
 
 
 class _Arrays(Mapping[str, np.ndarray]):
@@ -131,8 +133,7 @@ class _Npz(_Arrays):
     def _read(self, name: str) -> np.ndarray:
         with _whole(self._path), zipfile.ZipFile(self._path) as archive:
             member = archive.getinfo(f"{name}.npy")
-            self._budget.unpack(member.compress_size, member.file_size)
-            return npy(archive.read(member), self._budget)
+            return npy(unpacked(archive, member, self._budget), self._budget)
 
 
 def open_source(path: str | Path) -> Source:
