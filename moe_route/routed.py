@@ -308,9 +308,10 @@ class RoutedModel:
         )
 
     def _set(self, plans: Mapping[object, Plan], steering: _ActivePlan | None) -> None:
-        tables = None if steering is None else steering.compiled.tables
+        compiled = None if steering is None else steering.compiled
         self._applied = False
-        self.attachment.set_steering(tables)
+        self.attachment.set_directions(None if compiled is None else compiled.directions)
+        self.attachment.set_steering(None if compiled is None else compiled.tables)
         self._plans, self._calls.steering = dict(plans), steering
         self._calls.reaches = tuple(reach for block, reach in self._reaches.items() if block in plans)
         if steering is not None and self._calls.recording is not None:

@@ -303,7 +303,7 @@ class _Reader:
         return number
 
     def one_of(self, hints: tuple[Any, ...], value: Any, at: str) -> Any:
-        """The first that fits; an error names what is wrong inside the only one of this form, or else all of them."""
+        """The first that fits; an error names what is wrong inside the one whose form or keys fit, or else all."""
         formed = [hint for hint in hints if _has_form(hint, value)]
         problems = []
         for hint in formed:
@@ -313,6 +313,9 @@ class _Reader:
                 problems.append(problem)
         if len(problems) == 1:
             raise problems[0]
+        if problems and all(is_dataclass(hint) for hint in formed):
+            shared = [len(_hints(hint).keys() & value.keys()) for hint in formed]
+            raise problems[shared.index(max(shared))]
         raise self.refused(at, value, described(typing.Union[hints]))  # noqa: UP007 (made of values)
 
     def tagged(self, tag: Tagged, value: Any, at: str) -> Any:

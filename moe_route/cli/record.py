@@ -67,6 +67,7 @@ _OF_ROUTING = (
     "plan",
     "trace",
     "trace_layers",
+    "trace_logits",
     "engine",
 )
 _NOT_IN_VLLM = ("consistency", "pairs", "no_special_tokens", "expert_outputs", "hidden", "device", "device_map")
@@ -118,6 +119,9 @@ def add_record(verbs: Any) -> None:
     )
     what.add_argument("--trace-layers", type=layers, metavar="A-B", help="MoE layers to trace (default: all)")
     what.add_argument(
+        "--trace-logits", choices=("float16", "float32"), help="also keep the router's logits in the trace, as these"
+    )
+    what.add_argument(
         "--vectors",
         choices=("position", "reversed", "mean", "last"),
         help="instead, pool the hidden states of each sentence in every layer, with these weights of its tokens: 1 to "
@@ -168,6 +172,8 @@ def run(options: argparse.Namespace) -> Answer:
         return _run_vectors(options)
     if options.trace_layers is not None and options.trace is None:
         raise ValueError("--trace-layers chooses the layers of a trace: name its file with --trace")
+    if options.trace_logits is not None and options.trace is None:
+        raise ValueError("--trace-logits keeps logits in a trace: name its file with --trace")
     if options.in_folder:
         return _run_folder(options)
     refuse(options, _OF_FOLDER, f"is for a folder, and --out {options.out} is a file")
@@ -181,6 +187,7 @@ def _asked_for(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     return {
         "sequences": not options.no_sequences,
         "trace": options.trace is not None and (options.trace_layers or True),
+        "logits": options.trace_logits or False,
         "consistency": options.consistency,
         "pairs": options.pairs,
         "expert_outputs": options.expert_outputs,

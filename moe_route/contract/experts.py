@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from moe_route.base.devices import upload
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
 """Activation functions, in the order of csrc/include/moe_route/activation.h from 1 on."""
@@ -86,3 +89,52 @@ class PackedExperts(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of memory: those of the weights, with rows rounded up to 64 and columns to 16 bytes."""
         return self.up.nbytes + self.down.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AddedDirections:
+    """Directions that a plan adds to outputs of experts in one layer, by steering row.
+
+    Attributes:
+        experts: int64 [n], the expert of each direction.
+        full: bool [n], whether it is weighed by the softmax over all experts, not by the model's own weight.
+        vectors: float32 [n, H].
+        strength: float32 [rows, n]; 0 in rows without it.
+    """
+
+    experts: Tensor
+    full: Tensor
+    vectors: Tensor
+    strength: Tensor
+
+    def to(self, device: torch.device) -> AddedDirections:
+        """Copy to another device, without waiting for it."""
+        parts = (self.experts, self.full, self.vectors, self.strength)
+        return AddedDirections(*(upload(part, device) for part in parts))
+
+    def added(
+        self, tokens: Tensor, ids: Tensor, weights: Tensor, logits: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """What is added to each token's output, float32 [T, H], and bool [T, 1], the tokens that get something.
+
+        "model": ``strength * w_e * v`` for tokens that chose e, with the weight that the experts are given. "full":
+        ``strength * scale * softmax(logits)_e * v`` for every token.
+
+        Args:
+            tokens: int32 [T, 4], the token table.
+            ids: [T, k], the experts that are given the token.
+            weights: [T, k] or [T, E], by slot or by expert.
+            logits: [T, E], the router's own logits.
+            scale: `RouterSpec.scale`, the factor on weights that the router applies.
+        """
+        row = torch.where(tokens[:, 3] != 0, tokens[:, 0], -1).to(torch.int64)
+        here = (row >= 0) & (row < len(self.strength))
+        strength = torch.where(here[:, None], self.strength[row.clamp(0, len(self.strength) - 1)], 0.0)
+        chose = ids[:, :, None] == self.experts  # [T, k, n]
+        if weights.shape == ids.shape:
+            own = torch.where(chose, weights.float()[:, :, None], 0.0).sum(1)
+        else:
+            own = torch.where(chose.any(1), weights.float()[:, self.experts], 0.0)
+        whole = scale * torch.softmax(logits.float(), 1)[:, self.experts]
+        amount = strength * torch.where(self.full, whole, own)
+        return amount @ self.vectors, (amount != 0).any(1, keepdim=True)

@@ -22,6 +22,7 @@ from moe_route.runs.lines import KeptRuns
 from moe_route.runs.record import record_texts
 from moe_route.steering import Plan, PlanError, Reach
 from moe_route.steering.layers import as_layers
+from moe_route.steering.tables import SequenceTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +245,8 @@ def _of_copies(plan: Plan, number: int, groups: Sequence[str]) -> Plan:
     """The plan for its copies of the texts only, under its own conditions on groups."""
     rules = []
     for rule in plan.rules:
-        if rule.table is not None and any(group is not None for _, group in rule.table.keys or ()):
+        keys = rule.table.keys if isinstance(rule.table, SequenceTable) else None
+        if any(group is not None for _, group in keys or ()):
             raise PlanError(
                 "several plans run as groups of their own, and this one finds its sequences by group: give them items "
                 "only, Plan.replay(ids, items=[...])"

@@ -131,6 +131,69 @@ def _refusal(router: RouterInfo, module: nn.Module, why: str) -> NoExpertOutputs
     )
 
 
+class Adder(Protocol):
+    """What says which directions are added in the running call (`patching.Engine`)."""
+
+    def added(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+        """float32 [T, H] to add to the experts' output, and bool [T, 1], the tokens that get it; None for nothing."""
+
+
+def add_to_outputs(router: RouterInfo, adder: Adder) -> Sequence[Change]:
+    """The hooks that add directions to the output of a router's experts, as if to outputs of single experts.
+
+    Where ranks of tensor parallelism share the experts, the output is their sum already, so it is added once.
+
+    Raises `NoExpertOutputsError` for experts whose weighted outputs cannot be told apart: not one module that is given
+    ids and weights, or one that holds a part of the experts (expert parallelism).
+    """
+    try:
+        experts = experts_of(router)
+        if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
+            raise _refusal(router, experts, "each of them is a module of its own")
+        held = {len(p) for p in experts.parameters(recurse=False) if p.dim() == 3}
+        a_part = len(held) == 1 and max(held) < router.num_experts and router.num_experts % max(held) == 0
+        if a_part or getattr(experts, "_is_expert_parallel", False):
+            raise _refusal(router, experts, "this process holds a part of them only (expert parallelism)")
+    except NoExpertOutputsError as error:
+        raise NoExpertOutputsError(f"{error}. Leave the layer out: plan.only(layers=[...]).") from None
+    return _Adding(router, experts, adder).changes()
+
+
+class _Adding:
+    """Adds directions to the output of a module of experts."""
+
+    def __init__(self, router: RouterInfo, experts: nn.Module, adder: Adder) -> None:
+        self.router, self.experts, self.adder, self.arguments = router, experts, adder, _arguments(experts)
+        self.given: tuple[Tensor, Tensor] | None = None
+
+    def changes(self) -> Sequence[Change]:
+        return (
+            ForwardPreHook(self.experts, self.enter, with_kwargs=True),
+            ForwardHook(self.experts, self.leave),
+        )
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the choice."""
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        _, ids, weights = (given[name] for name in self.arguments)
+        self.given = ids, weights
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Add in the dtype of the output; tokens that get nothing keep every bit."""
+        given, self.given = self.given, None
+        added = None if given is None else self.adder.added(*given)
+        if added is None:
+            return None
+        change, here = added
+        if change.shape[-1] != output.shape[-1]:
+            raise ValueError(
+                f"directions of {change.shape[-1]} numbers are added in layer {self.router.layer}, whose experts "
+                f"return {output.shape[-1]}: give vectors of that length"
+            )
+        rows = output.reshape(-1, output.shape[-1])
+        return torch.where(here, rows + change.to(rows.dtype), rows).reshape(output.shape)
+
+
 class _Again:
     """Runs a module of experts once more, so that each slot of each token has an output row of its own."""
 

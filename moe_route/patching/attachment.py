@@ -15,9 +15,10 @@ from moe_route.base.devices import finish
 from moe_route.calls.generation import finished_tokens
 from moe_route.calls.reader import CallReader, call_readers, placeholder_ids
 from moe_route.calls.token_table import CallListener, Labels
+from moe_route.contract.experts import AddedDirections
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.experts.interface import ExpertsSwitch
-from moe_route.experts.outputs import OutputSink, watch_experts
+from moe_route.experts.outputs import OutputSink, add_to_outputs, watch_experts
 from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs, untraced
 from moe_route.ops import library, load_kernels
 from moe_route.ops.token_rules import fitted
@@ -100,6 +101,8 @@ class Attachment:
         self._on_logits: tuple[LogitsCallback, ...] = ()
         self._steering: list[LayerSteering | None] | None = None
         self._statistics: list[StatisticsTables] | None = None
+        self._directions: list[AddedDirections | None] | None = None
+        self._adding: list[Change] = []
         self._captured: list[object] = []
         self._context = RunningCall(finished=partial(finished_tokens, model), on_capture=self._keep_for_graph)
         self._context.placeholders = placeholder_ids(model)
@@ -175,6 +178,40 @@ class Attachment:
             tables = tables if any(table is not None for table in tables) else None
         self._steering = tables
         self._configure()
+
+    def set_directions(self, directions: Sequence[AddedDirections | None] | None) -> None:
+        """Add directions to outputs of experts, by router; or stop, with None alone or for every router.
+
+        Hooks on the experts of those layers stay meanwhile, and graphs that torch.compile made of the model are dropped
+        when they come and go. Raises `NoExpertOutputsError` for experts to whose single outputs nothing can be added,
+        and then adds nothing.
+        """
+        given = None if directions is None or not any(part is not None for part in directions) else list(directions)
+        if given is self._directions:
+            return
+        self._end_adding()
+        if given is not None:
+            self._refuse_replaced()
+            adders = zip(self.routers, self._engines, given, strict=True)
+            changes = [c for router, engine, part in adders if part for c in add_to_outputs(router, engine)]
+            drop_graphs(self.model)
+            try:
+                for change in changes:
+                    self._adding.append(change)  # before installing, as in `_install`
+                    change.install()
+            except BaseException:
+                self._end_adding()
+                raise
+        self._directions = given
+        self._configure()
+
+    def _end_adding(self) -> None:
+        if self._adding:
+            drop_graphs(self.model)
+        while self._adding:
+            self._adding[-1].remove()
+            self._adding.pop()
+        self._directions = None
 
     def set_statistics(self, tables: Sequence[StatisticsTables] | None, *, lag: int = 0) -> None:
         """Count into one table per router, or stop counting. Raises `ValueError` if number or shape does not fit.
@@ -286,6 +323,7 @@ class Attachment:
 
     def _take_back(self) -> None:
         self._end_watch()
+        self._end_adding()
         while self._changes:
             self._changes[-1].remove()
             self._changes.pop()
@@ -293,16 +331,21 @@ class Attachment:
 
     def _configure(self) -> None:
         nothing = [None] * len(self.routers)
-        columns = (self._engines, self._statistics or nothing, self._steering or nothing)
+        columns = (
+            self._engines,
+            self._statistics or nothing,
+            self._steering or nothing,
+            self._directions or nothing,
+        )
         kinds: dict[object, int] = {}
-        for engine, statistics, steering in zip(*columns, strict=True):
-            engine.configure(statistics, steering, self._on_choice, self._on_logits)
+        for engine, statistics, steering, directions in zip(*columns, strict=True):
+            engine.configure(statistics, steering, self._on_choice, self._on_logits, directions)
             if statistics is not None:
                 layout = (statistics.metrics, statistics.entropy, statistics.segments is None)
                 kind = (engine.spec, *layout, statistics.device)
                 engine.cohort = kinds.setdefault(kind, len(kinds))
         nothing_set = self._statistics is None and self._steering is None and self._on_choice is None
-        idle = nothing_set and not self._on_logits
+        idle = nothing_set and not self._on_logits and self._directions is None
         if self._context.idle and not idle:
             self._context.lengths.forget()  # calls went by that were not seen
         self._context.idle = idle

@@ -26,6 +26,7 @@ from moe_route import ops
 from moe_route.base.devices import CaptureRefusedError, capturing
 from moe_route.calls.call import recomputing
 from moe_route.calls.token_table import Tables, on_device
+from moe_route.contract.experts import AddedDirections
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import TokenTables
 from moe_route.modules.intercept import Change, ReplacedForward, number
@@ -74,6 +75,8 @@ class Engine(ABC):
         self.steering: LayerSteering | None = None
         self.on_choice: ChoiceCallback | None = None
         self.on_logits: tuple[LogitsCallback, ...] = ()
+        self.directions: AddedDirections | None = None
+        self._decided: tuple[Tensor, Tensor] | None = None  # token table and logits, until the experts have run
         self.cohort = -1  # engines with equal numbers are counted together (`deferred`)
 
     def configure(
@@ -82,13 +85,16 @@ class Engine(ABC):
         steering: LayerSteering | None,
         on_choice: ChoiceCallback | None,
         on_logits: tuple[LogitsCallback, ...],
+        directions: AddedDirections | None,
     ) -> None:
-        """Set the tables to count into, the steering, and the callbacks for choices and logits."""
+        """Set the tables to count into, the steering, the callbacks, and the directions to add to outputs."""
+        self.directions, self._decided = directions, None
         self.statistics, self.steering, self.on_choice, self.on_logits = statistics, steering, on_choice, on_logits
         for tables in (statistics, steering):
             if tables is not None:
                 ops.load_kernels(self.router.num_experts, tables.device)
-        self.adapter.idle = statistics is None and steering is None and on_choice is None and not on_logits
+        silent = statistics is None and steering is None and on_choice is None
+        self.adapter.idle = silent and not on_logits and directions is None
         self.adapter.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
 
     @abstractmethod
@@ -129,6 +135,27 @@ class Engine(ABC):
             logits = logits.new_full(shape, torch.nan).index_copy(0, rows.to(logits.device), logits)
         for callback in self.on_logits:
             callback(self.layer, logits)
+
+    def decide(self, table: Tensor, logits: Tensor) -> None:
+        """Keep what `added` needs, until the experts of this router have run."""
+        if self.directions is not None and self.context.steers:
+            self._decided = table, logits
+
+    def added(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the plan adds to the experts' output (`experts.outputs.Adder`)."""
+        decided, self._decided = self._decided, None
+        if decided is None or self.directions is None:
+            return None
+        table, logits = decided
+        if self.directions.vectors.device != ids.device:
+            self.directions = self.directions.to(ids.device)
+        if len(ids) != len(table):
+            raise RuntimeError(
+                f"the experts of layer {self.layer} are given {len(ids)} tokens, their router {len(table)}: directions "
+                "cannot be added there; leave the layer out, plan.only(layers=[...])"
+            )
+        table, logits = table.to(ids.device), logits.to(ids.device)
+        return self.directions.added(table, ids, weights, logits, self.spec.scale)
 
     def route(
         self,
@@ -214,16 +241,18 @@ class HookEngine(Engine):
         steering: LayerSteering | None,
         on_choice: ChoiceCallback | None,
         on_logits: tuple[LogitsCallback, ...],
+        directions: AddedDirections | None,
     ) -> None:
-        """Set the tables to count into, the steering, and the callbacks for choices and logits."""
-        super().configure(statistics, steering, on_choice, on_logits)
-        only_counts = statistics is not None and steering is None and on_choice is None and not on_logits
+        """Set the tables to count into, the steering, the callbacks, and the directions to add to outputs."""
+        super().configure(statistics, steering, on_choice, on_logits, directions)
+        more = steering is not None or on_choice is not None or bool(on_logits) or directions is not None
+        only_counts = statistics is not None and not more
         self.defers = only_counts and self.keeps_output is True
 
     def may_defer(self, keeps_output: bool) -> None:
         """Called once it is known whether the model leaves the router's output unchanged."""
         self.keeps_output = keeps_output
-        self.configure(self.statistics, self.steering, self.on_choice, self.on_logits)
+        self.configure(self.statistics, self.steering, self.on_choice, self.on_logits, self.directions)
 
     def changes(self) -> Sequence[Change]:
         """The hook, as the router's adapter installs it."""
@@ -242,16 +271,17 @@ class HookEngine(Engine):
         if context.idle:
             return None
         again = context.table is None and recomputing()
-        if again and self.steering is None:
+        if again and self.steering is None and self.directions is None:
             return None
         # without steering nothing is kept for the backward pass, so that a checkpointed layer that runs again is not
         # counted
-        keeps = self.steering is not None or bool(self.on_logits)
+        keeps = self.steering is not None or bool(self.on_logits) or self.directions is not None
         with torch.set_grad_enabled(keeps and torch.is_grad_enabled()):
             decision = self.adapter.read(args, output)
         table = self.table(decision.logits)  # begins a call if none is running
         if not again:
             self.show(decision.logits)
+        self.decide(table, decision.logits)
         if self.steering is not None and context.steers:
             steering = self.steering_on(decision.logits.device)
             return self._reroute(args, output, decision, table, steering, counted=not again)
@@ -340,6 +370,8 @@ class FusedEngine(Engine):
         own = self._own_choice(module, args, logits, k) if self.asks_model else None
         if not again and not context.idle:
             self.show(logits)
+        if table is not None:
+            self.decide(table, logits)
         routed = self.route(logits, k, table, steering, args, statistics, own)
         if not again:
             self.tell(routed.ids, routed.weights)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from moe_route.contract.experts import AddedDirections
 from moe_route.contract.limits import MAX_CHOSEN
 from moe_route.contract.tables import NEUTRAL, Force, SteeringTables
 from moe_route.contract.token_tables import BY_TOKEN, NAMED, Applied, Part, TokenTables
@@ -47,6 +48,16 @@ class Plane(NamedTuple):
 
 # what a rule depends on per token: (only experts that the router did not choose, seed of a random draw)
 View = tuple[bool, "int | None"]
+
+
+class Direction(NamedTuple):
+    """What is added to the output of an expert: the vector [H], and whether the full softmax weighs it."""
+
+    expert: int
+    full: bool
+    vector: tuple[float, ...]
+
+
 PLAIN: View = (False, None)
 LAYER = -1  # in place of an expert: a number of the whole layer
 
@@ -63,6 +74,7 @@ class Cell:
         tables: by view and name: a plane float32 [E], "remap" int32 [E], and those of ``NAMED``.
         parameters: row parameters by name.
         functions: functions of the logits, by the number of their rule in the plan.
+        directions: strength of each direction that is added to the output of an expert.
         rule: number of the rule that is writing.
     """
 
@@ -72,6 +84,7 @@ class Cell:
     tables: dict[tuple[View, str], np.ndarray] = field(default_factory=dict)
     parameters: dict[str, float] = field(default_factory=dict)
     functions: dict[int, RoutingFunction] = field(default_factory=dict)
+    directions: dict[Direction, float] = field(default_factory=dict)
     rule: int = -1
     _terms: dict[tuple[View, str], dict[int, list[float]]] = field(default_factory=dict)
     _planes: dict[str, dict[tuple[str, str], Plane]] = field(default_factory=dict)
@@ -103,6 +116,10 @@ class Cell:
         """Add a function of the logits; several run in the order of the plan."""
         self.functions[self.rule] = function
 
+    def add_direction(self, direction: Direction, strength: float) -> None:
+        """Add a direction to the output of an expert; strengths of equal directions add."""
+        self.directions[direction] = self.directions.get(direction, 0.0) + strength
+
     def settled(self) -> Cell:
         """The cell with its terms combined; raises ``PlanError`` for terms that contradict each other."""
         for (view, name), terms in self._terms.items():
@@ -112,7 +129,7 @@ class Cell:
         return self
 
     def __bool__(self) -> bool:
-        return bool(self.tables or self.parameters or self.functions)
+        return bool(self.tables or self.parameters or self.functions or self.directions)
 
     @property
     def slots(self) -> int:
@@ -127,7 +144,8 @@ class Cell:
     def key(self) -> tuple[object, ...]:
         """A key that is equal for cells with the same effect."""
         tables = sorted((repr(at), table.tobytes()) for at, table in self.tables.items())
-        return tuple(tables), tuple(sorted(self.parameters.items())), tuple(self.functions.items())
+        more = tuple(self.functions.items()), tuple(sorted(self.directions.items()))
+        return tuple(tables), tuple(sorted(self.parameters.items())), *more
 
     # ---- how terms combine, by name
 
@@ -255,7 +273,7 @@ def tables_of(
     cells: Sequence[Cell], layer: int, router: HasExperts, sources: Sequence[SequenceTable]
 ) -> SteeringTables | TokenTables | None:
     """One layer's cells as tables, one row per cell, with those tables that some cell uses."""
-    if not any(cells):
+    if not any(cell.names for cell in cells):
         return None
     names: dict[View, list[str]] = {PLAIN: []}
     for view, name in dict.fromkeys(key for cell in cells for key in cell.tables):
@@ -292,6 +310,19 @@ def tables_of(
         wide=wide,
         functions=functions,
         functions_only=_flags(cell.names == {"apply"} for cell in cells),
+    )
+
+
+def directions_of(cells: Sequence[Cell]) -> AddedDirections | None:
+    """One layer's directions, with their strength in the row of each cell; None if there are none."""
+    found = sorted({direction for cell in cells for direction in cell.directions})
+    if not found:
+        return None
+    return AddedDirections(
+        torch.tensor([direction.expert for direction in found]),
+        torch.tensor([direction.full for direction in found]),
+        torch.tensor([direction.vector for direction in found], dtype=torch.float32),
+        torch.tensor([[cell.directions.get(d, 0.0) for d in found] for cell in cells], dtype=torch.float32),
     )
 
 

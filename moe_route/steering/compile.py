@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_route.calls.call import PHASES
+from moe_route.contract.experts import AddedDirections
 from moe_route.contract.tables import SteeringTables
 from moe_route.contract.token_tables import TokenTables
-from moe_route.steering.cell import Cell, HasExperts, tables_of
+from moe_route.steering.cell import Cell, HasExperts, directions_of, tables_of
 from moe_route.steering.model import PlanError
 from moe_route.steering.rule import Rule
 from moe_route.steering.tables import SequenceTable
@@ -32,6 +33,7 @@ class CompiledPlan:
         bounds: the C - 1 positions at which a new class of positions begins.
         draws: whether a rule draws experts per token.
         applies: whether a rule applies a function, which is told which token is where.
+        directions: what the plan adds to outputs of experts, by layer; None for nothing.
         sequence_tables: tables of values per token, in the order of the columns of ``Labels.entries``.
     """
 
@@ -43,11 +45,12 @@ class CompiledPlan:
     draws: bool = False
     sequence_tables: tuple[SequenceTable, ...] = ()
     applies: bool = False
+    directions: Sequence[AddedDirections | None] = ()
 
     @property
     def is_null(self) -> bool:
         """Whether no token of any layer is steered."""
-        return all(table is None for table in self.tables)
+        return all(table is None for table in (*self.tables, *self.directions))
 
     def row(self, phase: str, group: int = -1, position: int = 0) -> int:
         """The steering row of a token of ``group`` (-1: none) at ``position`` in ``phase``; -1 where none applies."""
@@ -59,7 +62,8 @@ class CompiledPlan:
         """The same tables on another device."""
         device = torch.device(device)
         tables = [None if table is None else table.to(device) for table in self.tables]
-        return replace(self, tables=tables, rows=self.rows.to(device))
+        directions = [None if part is None else part.to(device) for part in self.directions]
+        return replace(self, tables=tables, rows=self.rows.to(device), directions=directions)
 
 
 def compile_rules(
@@ -73,7 +77,7 @@ def compile_rules(
     for rule in rules:
         rule.check_fits(routers, groups)
     written = [{layer: rule.in_layer(layer) for layer in range(len(routers)) if rule.touches(layer)} for rule in rules]
-    sources = tuple(dict.fromkeys(rule.table for rule in rules if rule.table is not None))
+    sources = tuple(dict.fromkeys(rule.table for rule in rules if isinstance(rule.table, SequenceTable)))
     kept: dict[tuple[object, ...], list[Cell]] = {}
     keys: dict[tuple[int, ...], tuple[object, ...]] = {}
     for here in dict.fromkeys(number for of_phase in active for of_group in of_phase for number in of_group):
@@ -90,12 +94,13 @@ def compile_rules(
         [[[numbers.get(keys[here], -1) for here in of_group] for of_group in of_phase] for of_phase in active],
         dtype=torch.int32,
     )
+    directions = [directions_of([row[layer] for row in kept.values()]) for layer in range(len(routers))]
     tables = [
         tables_of([row[layer] for row in kept.values()], layer, router, sources) for layer, router in enumerate(routers)
     ]
     draws = any(rule.draw is not None for rule in rules)
     applies = any(rule.function is not None for rule in rules)
-    return CompiledPlan(tables, rows, groups, plan_hash, bounds, draws, sources, applies)
+    return CompiledPlan(tables, rows, groups, plan_hash, bounds, draws, sources, applies, directions)
 
 
 def _bounds(rules: Sequence[Rule]) -> tuple[int, ...]:

@@ -14,10 +14,10 @@ import numpy as np
 from moe_route.contract.limits import MAX_CHOSEN
 from moe_route.contract.tables import Force
 from moe_route.contract.token_tables import stream_of
-from moe_route.steering.cell import LAYER, PLAIN, Cell, Plane
+from moe_route.steering.cell import LAYER, PLAIN, Cell, Direction, Plane
 from moe_route.steering.model import PlanError
 from moe_route.steering.rule import GAINS, LOSES, Entry, Experts, Forecast, Pairs, Rule, Seen, power
-from moe_route.steering.tables import ReplayTable, ScoreTable
+from moe_route.steering.tables import DirectionTable, ReplayTable, ScoreTable, SequenceTable
 
 # ---- families
 
@@ -124,7 +124,7 @@ class NamedChoice(Rule):
 
     def row(self, cell: Cell, pairs: Pairs) -> Any:
         """The row of its table in the layer of a cell."""
-        assert self.table is not None
+        assert isinstance(self.table, SequenceTable)
         return cell.sources.index(self.table)
 
     def write(self, cell: Cell, pairs: Pairs) -> None:
@@ -478,6 +478,45 @@ class Apply(LayerRule):
 
     def forecast(self, seen: Seen) -> Forecast:
         return Forecast(np.array([seen.tokens * seen.top_k]), "at most")
+
+
+class AddOutput(Rule):
+    """A direction added to the output of an expert: weighed by the model's weight, or by the full softmax."""
+
+    kind = "add_output"
+    shows = "output + {x} * weight ({mode}) * direction"
+    fields = frozenset(("table", "strength"))
+    modes: ClassVar = {"model": False, "full": True}
+    table_type = DirectionTable
+    unmoved = "it changes outputs of experts, and choices of later layers only"
+    served = False
+
+    def write(self, cell: Cell, pairs: Pairs) -> None:
+        assert isinstance(self.table, DirectionTable)
+        for expert, vector in self.table.in_layer(cell.layer) or ():
+            cell.add_direction(Direction(expert, self.modes[self.mode], tuple(vector.tolist())), self.strength)
+
+    def entries(self) -> Iterator[Entry]:
+        assert isinstance(self.table, DirectionTable)
+        for layer in self.touched_layers or ():
+            for expert, _ in self.table.in_layer(layer) or ():
+                yield Entry(layer, expert, f"{self.strength:g} * {self.mode} of {self.table.digest[:12]}")
+
+    def joined(self, one: Any, other: Any) -> Any:
+        return f"{one} + {other}"
+
+    def named(self, layer: int) -> list[int]:
+        assert isinstance(self.table, DirectionTable)
+        return [expert for expert, _ in self.table.in_layer(layer) or ()]
+
+    def _what(self) -> str:
+        return f"{super()._what()} for {self.table}"
+
+    def _how(self) -> str:
+        return self.shows.format(x=f"{self.strength:g}", mode=self.mode)
+
+    def forecast(self, seen: Seen) -> Forecast:
+        return Forecast(np.zeros(1), "exact")
 
 
 class Gumbel(LayerRule):

@@ -25,7 +25,16 @@ from moe_route.steering.functions import Function, RoutingFunction
 from moe_route.steering.model import PlanError, PlanFileError, PlanModel
 from moe_route.steering.rule import Experts, Rule, RuleContent, as_groups, as_phase, as_positions, rule_of
 from moe_route.steering.selection import ExpertSelection, random_permutation
-from moe_route.steering.tables import RecordedChoices, ReplayTable, ScoreTable, SequenceTable, TableContent, table_of
+from moe_route.steering.tables import (
+    DirectionContent,
+    DirectionTable,
+    PlanTable,
+    RecordedChoices,
+    ReplayTable,
+    ScoreTable,
+    TableContent,
+    table_of,
+)
 
 _KIND = "plan"
 _SHOWN, _SHOWN_IN_HTML = 8, 50  # number of rules that repr and notebooks list
@@ -40,14 +49,14 @@ class PlanContent:
         rules: what is done, in any order.
         model: the model that the plan is for; without it, any model.
         description: where the plan comes from.
-        tables: values per token that rules name; a name is the hash of its table.
+        tables: values per token, and directions, that rules name; a name is the hash of its table.
         hash: hash of the rules and the model when the plan was saved; the log tells if they were edited since.
     """
 
     rules: tuple[RuleContent, ...]
     model: PlanModel = field(default_factory=PlanModel)
     description: str = ""
-    tables: Mapping[str, TableContent] = field(default_factory=dict)
+    tables: Mapping[str, TableContent | DirectionContent] = field(default_factory=dict)
     hash: str | None = None
 
 
@@ -364,6 +373,38 @@ class Plan:
         return plan.only(groups=groups, phase=phase)
 
     @classmethod
+    def add_output(
+        cls,
+        directions: Mapping[int, Mapping[int, Any]],
+        layers: Iterable[int] | int | None = None,
+        *,
+        weight: Literal["model", "full"] = "model",
+        strength: float = 1.0,
+    ) -> Plan:
+        """Add ``strength * weight * v`` to the output of a layer, for a vector v of an expert e [arXiv 2606.04160].
+
+        "model" weighs by the weight that the model gives to e: the same, up to rounding, as adding ``strength * v`` to
+        what e computes, and a token that did not choose e keeps every bit. "full" is the paper's formula, the softmax
+        of the router's own logits over all experts, which moves every token. The two agree only for tokens that chose
+        e, in models that weigh by that softmax (OLMoE). A scaling factor that the model puts on its weights
+        (`routed_scaling_factor`) counts in both. It is added to the sum of the experts' outputs, in its dtype, once
+        after all ranks of tensor parallelism are summed. Several directions add up.
+
+        Args:
+            directions: ``directions[layer][expert]``, a tensor, array or list [H] as long as the hidden states (or as
+                the outputs of experts that run in a smaller space).
+            layers: use these layers only.
+            weight: "model" or "full".
+            strength: c; ``plan * x`` multiplies it.
+
+        Raises ``PlanError`` for vectors of different lengths or values that are not finite. Steering raises
+        ``NoExpertOutputsError`` for experts that are not one module ``experts(hidden, ids, weights)``, and vLLM refuses
+        it.
+        """
+        table = DirectionTable.of(directions)
+        return cls([kinds.AddOutput.of(None, layers, table=table, mode=weight, strength=strength)])
+
+    @classmethod
     def remap(cls, experts: Mapping[int, Mapping[int, int]], layers: Iterable[int] | int | None = None) -> Plan:
         """After selection, replace expert e of a layer by ``experts[layer][e]`` (-1: drop it).
 
@@ -648,8 +689,8 @@ class Plan:
             "description": self.description,
         }
 
-    def _tables(self) -> dict[str, SequenceTable]:
-        """The tables of values per token, by digest."""
+    def _tables(self) -> dict[str, PlanTable]:
+        """The tables of values per token and of directions, by digest."""
         return {rule.table.digest: rule.table for rule in self.rules if rule.table is not None}
 
     @classmethod

@@ -21,7 +21,7 @@ from moe_route.steering.cell import Cell, HasExperts
 from moe_route.steering.functions import RoutingFunction, function_of
 from moe_route.steering.layers import as_layers, show_numbers
 from moe_route.steering.model import PlanError
-from moe_route.steering.tables import SequenceTable
+from moe_route.steering.tables import PlanTable
 
 Experts = Mapping[int, Iterable[int] | Mapping[int, float]] | Iterable[int]
 Spans = tuple[tuple[int, int | None], ...]  # half-open, increasing, not adjacent; None: to the end
@@ -120,14 +120,14 @@ class Rule(ABC):
     positions: Spans | None = None
     absent: bool = False
     draw: int | None = None
-    table: SequenceTable | None = None
+    table: PlanTable | None = None
     function: RoutingFunction | None = None
 
     kind: ClassVar[str]
     shows: ClassVar[str]
     fields: ClassVar[frozenset[str]]
     modes: ClassVar[Mapping[str, Any]] = {"": None}
-    table_type: ClassVar[type[SequenceTable] | None] = None
+    table_type: ClassVar[type[PlanTable] | None] = None
     valued: ClassVar[bool] = False
     drawn: ClassVar[str] = "other experts for each token, drawn"
     unmoved: ClassVar[str] = ""
@@ -183,7 +183,7 @@ class Rule(ABC):
         factor: float = 1.0,
         value: float | None = None,
         mode: str | None = None,
-        table: SequenceTable | None = None,
+        table: PlanTable | None = None,
         draw: int | None = None,
         function: RoutingFunction | None = None,
     ) -> Rule:
@@ -282,7 +282,7 @@ class Rule(ABC):
         if self.table is not None:
             self._check_table(self.table, routers)
 
-    def _check_table(self, table: SequenceTable, routers: Sequence[HasExperts]) -> None:
+    def _check_table(self, table: PlanTable, routers: Sequence[HasExperts]) -> None:
         if table.layers is None and table.values.shape[1] != len(routers):
             raise PlanError(
                 f"the {table.what} are of {table.values.shape[1]} layers, the model has {len(routers)} MoE layers: "
@@ -411,7 +411,7 @@ class Rule(ABC):
         return make_dataclass(cls.__name__, keys, namespace={"__doc__": f"{cls.__doc__}\n\n    Attributes:{listed}"})
 
     @classmethod
-    def made(cls, content: Mapping[str, Any], said: Any, tables: Mapping[str, SequenceTable]) -> Rule:
+    def made(cls, content: Mapping[str, Any], said: Any, tables: Mapping[str, PlanTable]) -> Rule:
         """The rule of ``content``, whose checked values are ``said``, as ``declared`` has them."""
         table = None
         if "table" in content or cls.fields.isdisjoint(("experts", "value", "function")):
@@ -495,7 +495,7 @@ RuleContent = Annotated[Any, Tagged("kind", lambda: {kind: rule.declared() for k
 """A rule of any kind, in a file."""
 
 
-def rule_of(content: Mapping[str, Any], said: Any, tables: Mapping[str, SequenceTable]) -> Rule:
+def rule_of(content: Mapping[str, Any], said: Any, tables: Mapping[str, PlanTable]) -> Rule:
     """The checked rule of ``content``, as ``Rule.to_dict`` gives it; ``said`` is what was read of it (`RuleContent`).
 
     ``tables``: the tables of values per token, by the names that the content uses. Raises ``PlanError``.

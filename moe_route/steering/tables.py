@@ -1,4 +1,4 @@
-"""Values for each token of some sequences: ``ReplayTable`` of recorded choices, ``ScoreTable`` of given scores.
+"""Arrays of a plan: values for each token (``ReplayTable``, ``ScoreTable``), and ``DirectionTable`` of single experts.
 
 A sequence is found by its item or by its batch row.
 """
@@ -6,7 +6,7 @@ A sequence is found by its item or by its batch row.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any, ClassVar, Literal, Protocol
@@ -471,6 +471,100 @@ class ScoreTable(SequenceTable):
         return cls(flat[:, order], lengths, names, as_keys(items), constant=per == "sequence")
 
 
+class DirectionTable:
+    """Vectors that are added to outputs of single experts. Immutable; tables with equal content are equal.
+
+    Attributes:
+        values: float32 ``[n, H]``, one row per expert.
+        experts: (layer, expert) of each row, in increasing order.
+        layers: the layers in it.
+        digest: SHA-256 (hex) of values and experts.
+
+    Raises ``PlanError`` for vectors of different lengths or values that are not finite.
+    """
+
+    field: ClassVar[str] = "directions"
+    what: ClassVar[str] = "directions"
+
+    def __init__(self, values: Any, experts: Iterable[Sequence[int]]) -> None:
+        pairs = [(index(layer), index(expert)) for layer, expert in experts]
+        made = np.asarray(values)
+        if made.ndim != 2 or not made.size or made.dtype.kind not in "fiu" or len(made) != len(pairs):
+            raise PlanError(
+                "directions are {layer: {expert: vector}}, with vectors of one length, that of the model's hidden "
+                f"states, not {made.dtype} {list(made.shape)} for {len(pairs)} experts"
+            )
+        if len(set(pairs)) != len(pairs) or min(map(min, pairs)) < 0:
+            raise PlanError(f"directions name each layer and expert once, from 0, not {pairs}")
+        order = sorted(range(len(pairs)), key=lambda place: pairs[place])
+        with np.errstate(over="ignore"):
+            self.values = made[order].astype(np.float32, order="C")
+        if not np.isfinite(self.values).all():
+            raise PlanError("a direction holds a number that is not finite")
+        self.values.flags.writeable = False
+        self.experts = tuple(pairs[place] for place in order)
+        self.layers: tuple[int, ...] = tuple(sorted({layer for layer, _ in self.experts}))
+        self.digest = files.content_hash({self.field: self.values}, self.header())
+
+    @classmethod
+    def of(cls, directions: Mapping[int, Mapping[int, Any]]) -> DirectionTable:
+        """From ``directions[layer][expert]``, tensors, arrays or lists ``[H]``."""
+        try:
+            rows = {
+                (layer, expert): np.asarray(v.detach().float().cpu() if hasattr(v, "detach") else v, np.float64)
+                for layer, of_layer in directions.items()
+                for expert, v in of_layer.items()
+            }
+        except (AttributeError, TypeError, ValueError) as error:
+            raise PlanError(f"directions are {{layer: {{expert: vector}}}}, not {type(directions).__name__}") from error
+        if not rows or len({row.shape for row in rows.values()}) > 1:
+            shapes = ", ".join(sorted({str(list(row.shape)) for row in rows.values()})) or "none"
+            raise PlanError(f"directions are {{layer: {{expert: vector}}}}, with vectors of one length, not {shapes}")
+        return cls(np.stack([*rows.values()]), rows)
+
+    def in_layer(self, layer: int) -> list[tuple[int, np.ndarray]] | None:
+        """(expert, vector) pairs of one MoE layer, or None if there are none."""
+        found = [(e, v) for (at, e), v in zip(self.experts, self.values, strict=True) if at == layer]
+        return found or None
+
+    def relabeled(self, order: Callable[[int, int], np.ndarray]) -> DirectionTable:
+        """Rename expert e of each layer to ``order(layer, largest)[e]``; see ``Rule.relabeled``."""
+        largest = dict(self.experts)  # in increasing order, so the last of a layer stays
+        return DirectionTable(self.values, [(at, int(order(at, largest[at])[e])) for at, e in self.experts])
+
+    def check_layer(self, layer: int, num_experts: int, top_k: int) -> None:
+        wrong = [expert for at, expert in self.experts if at == layer and expert >= num_experts]
+        if wrong:
+            raise PlanError(
+                f"the plan names expert {wrong[0]} of layer {layer}, which has {num_experts} experts "
+                f"(0-{num_experts - 1}): make it from this model"
+            )
+
+    def header(self) -> dict[str, Any]:
+        """JSON-able content without the vectors."""
+        return {"experts": [list(pair) for pair in self.experts]}
+
+    def to_list(self) -> Any:
+        """The vectors as lists."""
+        return self.values.tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, DirectionTable) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __str__(self) -> str:
+        count = len(self.experts)
+        return f"{count} expert{'' if count == 1 else 's'}"
+
+    def __repr__(self) -> str:
+        return f"DirectionTable({self}, layers {show_numbers(self.layers)}, {self.digest[:12]})"
+
+
+PlanTable = SequenceTable | DirectionTable
+
+
 @dataclass(frozen=True)
 class TableContent:
     """Values for each token of some sequences, one sequence after another: ids to replay, or scores.
@@ -494,13 +588,33 @@ class TableContent:
     scores: Any = None
 
 
-def table_of(content: TableContent) -> SequenceTable:
-    """The table of what a file says. Raises ``PlanError`` where its values are no array of the sequences."""
+@dataclass(frozen=True)
+class DirectionContent:
+    """Vectors that are added to outputs of single experts.
+
+    Attributes:
+        experts: layer and expert of each vector.
+        directions: the vectors [expert, hidden size].
+        field: which values a safetensors file holds.
+    """
+
+    experts: tuple[tuple[Natural, Natural], ...]
+    directions: Any
+    field: Literal["directions"] | None = None
+
+
+def table_of(content: TableContent | DirectionContent) -> PlanTable:
+    """The table of what a file says. Raises ``PlanError`` where its values are no array."""
+    if isinstance(content, DirectionContent):
+        return DirectionTable(_array(content.directions, DirectionTable.field), content.experts)
     if (content.ids is None) is (content.scores is None):
         raise PlanError("a table of values per token holds either ids or scores")
     kind, values = (ReplayTable, content.ids) if content.scores is None else (ScoreTable, content.scores)
+    return kind(_array(values, kind.field), content.lengths, content.layers, content.keys, constant=content.constant)
+
+
+def _array(values: Any, field: str) -> np.ndarray:
     try:
-        array = np.asarray(values)
+        return np.asarray(values)
     except ValueError as error:
-        raise PlanError(f"the {kind.field} of a table are no array: their rows differ in length") from error
-    return kind(array, content.lengths, content.layers, content.keys, constant=content.constant)
+        raise PlanError(f"the {field} of a table are no array: their rows differ in length") from error

@@ -52,13 +52,18 @@ def test_record_writes_a_trace(traced: Path):
 
 def test_record_traces_some_layers(answer, tmp_path: Path):
     out = tmp_path / "trace.safetensors"
-    told = answer("record", "--out", tmp_path / "s.safetensors", "--trace", out, "--trace-layers", "2-3", *SMALL)
+    more = ("--trace-layers", "2-3", "--trace-logits", "float32")
+    told = answer("record", "--out", tmp_path / "s.safetensors", "--trace", out, *more, *SMALL)
     assert told["trace"] == str(out)
-    assert Trace.load(out).layer_numbers == (2, 3)
+    trace = Trace.load(out)
+    assert trace.layer_numbers == (2, 3)
+    assert trace.logits is not None
+    assert trace.logits.shape == (len(trace), 2, 16)
 
 
 def test_layers_without_a_trace_are_refused(moe_route, tmp_path: Path):
     refused(moe_route("record", "--out", tmp_path / "s.safetensors", "--trace-layers", "2"), "--trace")
+    refused(moe_route("record", "--out", tmp_path / "s.safetensors", "--trace-logits", "float16"), "--trace")
 
 
 def test_balance(answer, files):

@@ -267,7 +267,9 @@ def test_router_logits_of_one_call(name: str) -> None:
         with routed.router_logits() as logits:
             model(**given)
         seen = {router.layer: router for router in routed.routers if not router.adapter.patches}
-        assert logits.keys() == seen.keys()
+        assert logits.keys() <= seen.keys()
+        unseen = {seen[layer].role for layer in seen.keys() - logits.keys()}
+        assert unseen <= {"vision"}  # experts of pictures, of which this text has none
         for layer, values in logits.items():
             decoder = seen[layer].role == "decoder"
             first = given["decoder_input_ids"] if decoder else next(iter(given.values()))

@@ -247,6 +247,7 @@ OF_EACH_KIND = {
     "replay": Plan.replay(torch.zeros(1, 4, LAYERS, 1, dtype=torch.int64)),
     "gumbel": Plan.gumbel(1),
     "apply": Plan.apply(as_they_are),
+    "add_output": Plan.add_output({0: {1: [0.5, -2.0]}}, strength=3, weight="full"),
 }
 
 

@@ -304,7 +304,8 @@ class PlannedItems:
                 "moe_route: requests are not checked against plan %r, which only workers read: %s", name, error
             )
             made = Plan()
-        self._known[name] = [(rule.groups, frozenset(rule.table.keys or ())) for rule in made.rules if rule.table]
+        tables = [(rule.groups, rule.table) for rule in made.rules if isinstance(rule.table, SequenceTable)]
+        self._known[name] = [(of_groups, frozenset(table.keys or ())) for of_groups, table in tables]
 
     def error(self, params: Any) -> str | None:
         """What is wrong with a request, by its sampling parameters: its plan has no values for its item. Or None."""

@@ -65,6 +65,20 @@ def test_rules_that_cannot_run_are_refused(plan: mr.Plan, captured: bool, words:
         Tables(captured=captured).compiled(plan)
 
 
+def as_they_are(logits: torch.Tensor, where: object) -> torch.Tensor:
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind"),
+    [(mr.Plan.apply(as_they_are), "apply"), (mr.Plan.add_output({0: {1: [0.5]}}) + mr.Plan.top_k(1), "add_output")],
+)
+def test_rules_that_call_python_in_every_layer_are_refused(plan: mr.Plan, kind: str, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(EngineNotSupportedError, match=kind):
+        Tables().plans.compiled(str(tmp_path / "plan.json"), "a model", "")
+
+
 def test_rules_that_do_not_fit_the_router_are_refused() -> None:
     made = Tables()
     made.sites[1].spec = RouterSpec(score="sparsemixer")
