@@ -139,19 +139,19 @@ def doc_pages() -> int:
 
 
 COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
-    "Python files of the package": (lambda: len(python_files()), 261),
-    "lines of them": (lambda: sum(map(lines, python_files())), 60_500),
+    "Python files of the package": (lambda: len(python_files()), 269),
+    "lines of them": (lambda: sum(map(lines, python_files())), 64_900),
     "lines of the longest": (lambda: max(map(lines, python_files())), 900),
     "files below 30 lines that are no face": (
         lambda: sum(lines(path) < 30 for path in python_files() if not path.name.startswith("__")),
         12,
     ),
     "rooms": (lambda: len(rooms()), 28),
-    "modules of base": (lambda: len(python_files("moe_route/base")), 8),
+    "modules of base": (lambda: len(python_files("moe_route/base")), 9),
     "circles of imports": (lambda: sum(bool(circle(tree)) for tree in TREES), 0),
     "names of moe_route": (public_names, 25),
     "commands": (lambda: len(commands()), 35),
-    "options of commands": (options, 483),
+    "options of commands": (options, 484),
     "the word found": (lambda: words("found"), 204),
     "pages of docs": (doc_pages, 20),
 }

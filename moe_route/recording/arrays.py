@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 
 # Sizes of hidden states and outputs are added up in multiples of this: a term is rounded by 3e-8, sums may reach 5e11.
 SIZE_UNIT = 2.0**-24
+logger = logging.getLogger(__name__)
 Axis = Literal["layer", "pair", "expert", "hidden"]
 
 
@@ -91,3 +93,45 @@ def broken_array(arrays: Mapping[str, np.ndarray]) -> str | None:
         if not ACCUMULATED[name].signed and (array < 0).any():
             return f"{name} holds a negative sum"
     return None
+
+
+def frozen(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """A read-only copy in int64. Raises ``ValueError`` for another shape, or what is no integer."""
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {list(array.shape)}, not {list(shape)}")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must hold integers, not {array.dtype}")
+    owned = np.array(array, dtype=np.int64)
+    owned.setflags(write=False)
+    return owned
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide, with NaN and no warning where the denominator is zero."""
+    shape = np.broadcast_shapes(numerator.shape, denominator.shape)
+    out = np.full(shape, np.nan)
+    return np.divide(numerator, denominator, out=out, where=np.broadcast_to(denominator, shape) != 0)
+
+
+def widths_of(counts: np.ndarray, layers: Sequence[str], num_experts: int | Sequence[int] | None) -> list[int]:
+    """Number of experts of each layer of ``counts [G, L, E]``."""
+    width = counts.shape[-1]
+    numbers = np.arange(1, width + 1)
+    used = (counts.any(axis=0) * numbers).max(axis=-1, initial=0).tolist()  # up to the last expert that was chosen
+    if num_experts is None:
+        padded = [f"{name} ({last} of {width})" for name, last in zip(layers, used, strict=True) if 0 < last < width]
+        if padded:
+            logger.warning(
+                "no group chose the last experts of %d of %d layers, such as %s: if that is padding, pass num_experts",
+                len(padded),
+                len(layers),
+                ", ".join(padded[:3]),
+            )
+        return [width] * len(layers)
+    widths = [num_experts] * len(layers) if isinstance(num_experts, int) else [int(n) for n in num_experts]
+    if len(widths) != len(layers) or max(widths, default=0) > width:
+        raise ValueError(f"num_experts is one number, or one for each of {len(layers)} layers, up to {width}")
+    for name, last, experts in zip(layers, used, widths, strict=True):
+        if last > experts:
+            raise ValueError(f"layer {name} has {experts} experts, and counts of expert {last - 1}: check num_experts")
+    return widths

@@ -20,7 +20,16 @@ from moe_route.base import files, hub
 from moe_route.base.identity import same_weights
 from moe_route.calls.call import PHASES, Phase
 from moe_route.contract.tables import FIXED_POINT, METRICS, SCALARS
-from moe_route.recording.arrays import ACCUMULATED, SIZE_UNIT, broken_array, checked_array, selected_array
+from moe_route.recording.arrays import (
+    ACCUMULATED,
+    SIZE_UNIT,
+    broken_array,
+    checked_array,
+    frozen,
+    ratio,
+    selected_array,
+    widths_of,
+)
 from moe_route.recording.conservation import Conservation, broken_law, conservation, missing
 from moe_route.recording.metadata import config_hash_of, merge_metadata
 from moe_route.recording.store import SequenceStore
@@ -101,11 +110,11 @@ class RoutingStatistics:
         _check_axes(self, metrics, sequence_sums)
         cell = (len(self.groups), len(self.layers))
         widest = max(self.num_experts, default=0)
-        self._scalars = _frozen(scalars, (2, *cell, len(SCALARS)), "scalars")
-        self._metrics = {name: _frozen(metrics[name], (2, *cell, widest), name) for name in self.metrics}
-        self._sequence_scalars = _frozen(sequence_scalars, (3, *cell, len(SEQUENCE_SCALARS)), "sequence_scalars")
+        self._scalars = frozen(scalars, (2, *cell, len(SCALARS)), "scalars")
+        self._metrics = {name: frozen(metrics[name], (2, *cell, widest), name) for name in self.metrics}
+        self._sequence_scalars = frozen(sequence_scalars, (3, *cell, len(SEQUENCE_SCALARS)), "sequence_scalars")
         self._sequence_sums = {
-            kind: _frozen(sequence_sums[kind], (3, *cell, widest), kind)
+            kind: frozen(sequence_sums[kind], (3, *cell, widest), kind)
             for kind in SEQUENCE_KINDS
             if kind in sequence_sums
         }
@@ -148,7 +157,7 @@ class RoutingStatistics:
         num_groups, num_layers, _ = counts.shape
         names = list(layers or [str(layer) for layer in range(num_layers)])
         ks = [top_k] * num_layers if isinstance(top_k, int) else list(top_k)
-        widths = _widths(counts, names, num_experts)
+        widths = widths_of(counts, names, num_experts)
         of_phase = PHASES.index(phase)
         columns = np.zeros((num_groups, num_layers, len(SCALARS)), np.int64)
         columns[..., SCALARS.index("tokens")] = tokens if tokens.ndim == 2 else tokens[:, None]
@@ -241,7 +250,7 @@ class RoutingStatistics:
         sums = (
             self._sequence_sum(kind, phase) if _check_by(by) == "sequence" else self.token_sum(KIND_METRIC[kind], phase)
         )
-        return _ratio(sums, sums.sum(-1, keepdims=True))
+        return ratio(sums, sums.sum(-1, keepdims=True))
 
     def frequency(self, phase: Phase | None = None, by: By = "sequence") -> np.ndarray:
         """Mean number of times that a token chooses each expert, float64 ``[G, L, E]``; NaN without tokens.
@@ -250,9 +259,9 @@ class RoutingStatistics:
         arXiv 2510.04694 eq. 3); ``by="token"`` is counts / tokens.
         """
         if _check_by(by) == "token":
-            return _ratio(self.token_sum("counts", phase), self.tokens(phase)[..., None])
+            return ratio(self.token_sum("counts", phase), self.tokens(phase)[..., None])
         sums = self._sequence_sum("frequency", phase)
-        return _ratio(sums * FIXED_POINT, self.sequence_scalar("sequences", phase)[..., None])
+        return ratio(sums * FIXED_POINT, self.sequence_scalar("sequences", phase)[..., None])
 
     def entropy(
         self, of: Literal["token", "sequence"] = "token", phase: Phase | None = None, by: By = "token"
@@ -267,14 +276,14 @@ class RoutingStatistics:
         """
         if of == "sequence":
             self._sequence_sum("full", phase)
-            return _ratio(self.sequence_scalar("entropy", phase), self.sequence_scalar("full", phase))
+            return ratio(self.sequence_scalar("entropy", phase), self.sequence_scalar("full", phase))
         if of != "token":
             raise ValueError(f'entropy of "token" or "sequence", not {of!r}')
         if not self.has_entropy:
             raise ValueError("token entropy was not recorded: record(entropy=True)")
         if _check_by(by) == "sequence":
-            return _ratio(self.sequence_scalar("mean_token_entropy", phase), self.sequence_scalar("full", phase))
-        return _ratio(self.scalar("entropy", phase), self.tokens(phase) - self.scalar("unscored", phase))
+            return ratio(self.sequence_scalar("mean_token_entropy", phase), self.sequence_scalar("full", phase))
+        return ratio(self.scalar("entropy", phase), self.tokens(phase) - self.scalar("unscored", phase))
 
     # ---- what was asked for beside the tables
 
@@ -284,7 +293,7 @@ class RoutingStatistics:
         It is the mean over finished sequences; NaN without sequences of two tokens. Raises ``ValueError`` without
         ``record(consistency=...)``.
         """
-        return _ratio(self._accumulated("consistency") * FIXED_POINT, self._accumulated("consistency_sequences"))
+        return ratio(self._accumulated("consistency") * FIXED_POINT, self._accumulated("consistency_sequences"))
 
     @property
     def co_selection(self) -> np.ndarray:
@@ -322,7 +331,7 @@ class RoutingStatistics:
 
         Raises ``ValueError`` without ``record(hidden=True)``.
         """
-        return _ratio(self._accumulated("hidden") * SIZE_UNIT, self._accumulated("hidden_sequences")[..., None])
+        return ratio(self._accumulated("hidden") * SIZE_UNIT, self._accumulated("hidden_sequences")[..., None])
 
     def _accumulated(self, name: str) -> np.ndarray:
         if name not in self.accumulated:
@@ -568,7 +577,7 @@ class RoutingStatistics:
         frame.insert(4, "tokens", np.repeat(tokens, len(experts)))
         frame.insert(3, "router", np.asarray(self.layers, dtype=object)[frame["layer"]])
         if "counts" in self.metrics:
-            frame["frequency"] = _ratio(frame["counts"].to_numpy(), frame["tokens"].to_numpy())
+            frame["frequency"] = ratio(frame["counts"].to_numpy(), frame["tokens"].to_numpy())
         return frame[frame["expert"] < np.asarray(self.num_experts)[frame["layer"]]].reset_index(drop=True)
 
     def scalars_to_pandas(self) -> pd.DataFrame:
@@ -825,40 +834,6 @@ def _check_axes(statistics: RoutingStatistics, metrics: Iterable[str], kinds: It
         raise ValueError("layers, num_experts and top_k must have one entry per layer")
 
 
-def _widths(counts: np.ndarray, layers: Sequence[str], num_experts: int | Sequence[int] | None) -> list[int]:
-    """Number of experts of each layer of ``counts [G, L, E]``."""
-    width = counts.shape[-1]
-    numbers = np.arange(1, width + 1)
-    used = (counts.any(axis=0) * numbers).max(axis=-1, initial=0).tolist()  # up to the last expert that was chosen
-    if num_experts is None:
-        padded = [f"{name} ({last} of {width})" for name, last in zip(layers, used, strict=True) if 0 < last < width]
-        if padded:
-            logger.warning(
-                "no group chose the last experts of %d of %d layers, such as %s: if that is padding, pass num_experts",
-                len(padded),
-                len(layers),
-                ", ".join(padded[:3]),
-            )
-        return [width] * len(layers)
-    widths = [num_experts] * len(layers) if isinstance(num_experts, int) else [int(n) for n in num_experts]
-    if len(widths) != len(layers) or max(widths, default=0) > width:
-        raise ValueError(f"num_experts is one number, or one for each of {len(layers)} layers, up to {width}")
-    for name, last, experts in zip(layers, used, widths, strict=True):
-        if last > experts:
-            raise ValueError(f"layer {name} has {experts} experts, and counts of expert {last - 1}: check num_experts")
-    return widths
-
-
-def _frozen(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {list(array.shape)}, not {list(shape)}")
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must hold integers, not {array.dtype}")
-    owned = np.array(array, dtype=np.int64)
-    owned.setflags(write=False)
-    return owned
-
-
 def _merged(a: np.ndarray, b: np.ndarray, name: str) -> np.ndarray:
     """The array ``name`` of two runs together."""
     rule = ACCUMULATED.get(name.removeprefix(_ACCUMULATED)) if name.startswith(_ACCUMULATED) else None
@@ -872,13 +847,6 @@ def _checked_sum(a: np.ndarray, b: np.ndarray, name: str) -> np.ndarray:
     if (((a ^ total) & (b ^ total)) < 0).any():
         raise RecordingError(f"{name} of the two runs adds up past 63 bits: keep the runs apart")
     return total
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide, with NaN and no warning where the denominator is zero."""
-    shape = np.broadcast_shapes(numerator.shape, denominator.shape)
-    out = np.full(shape, np.nan)
-    return np.divide(numerator, denominator, out=out, where=np.broadcast_to(denominator, shape) != 0)
 
 
 def _phase_index(phase: str) -> int:

@@ -109,10 +109,10 @@ class RoutingFunction:
 
 def _found(module: str, path: str) -> Any:
     """The object at a dotted path in a module that is imported already; None if there is none."""
-    found: Any = sys.modules.get(module)
+    named: Any = sys.modules.get(module)
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        named = getattr(named, name, None)
+    return named
 
 
 def _hash(function: Function) -> str:

@@ -524,8 +524,7 @@ class DirectionTable:
 
     def in_layer(self, layer: int) -> list[tuple[int, np.ndarray]] | None:
         """(expert, vector) pairs of one MoE layer, or None if there are none."""
-        found = [(e, v) for (at, e), v in zip(self.experts, self.values, strict=True) if at == layer]
-        return found or None
+        return [(e, v) for (at, e), v in zip(self.experts, self.values, strict=True) if at == layer] or None
 
     def relabeled(self, order: Callable[[int, int], np.ndarray]) -> DirectionTable:
         """Rename expert e of each layer to ``order(layer, largest)[e]``; see ``Rule.relabeled``."""
