@@ -280,7 +280,7 @@ REPLAY = mr.Plan.replay(RECORDED, layers=[0, 1])
 def test_steering_on_a_device(place: Place, name: str, engine: str, plan: mr.Plan) -> None:
     def work(where: Place, routed: mr.RoutedModel) -> Tensor:
         recorder = routed.record(groups=["x", "y"])
-        with routed.steer(plan), where.block(recorder, recorder.labels(["x", "y", "y"])):
+        with where.block(routed.steer(plan), recorder, recorder.labels(["x", "y", "y"])):
             return routed.model.generate(**put_all(where, inputs("left")), **GREEDY)
 
     compared(place, name, work, engine=engine)
@@ -302,7 +302,7 @@ def test_the_host_waits_for_nothing_between_label_blocks(
         counted = away.put(torch.tensor([[1, 1, 0, 1, 1, 1, 1]] * 3).bool())
         recorder = routed.record(groups=["x", "y"])
         labels = recorder.labels(away.put(torch.tensor([0, 1, 1])), count_mask=counted)
-        with routed.steer(plan), away.block(recorder, labels):
+        with away.block(routed.steer(plan), recorder, labels):
             for padding in (None, "left", "right"):
                 routed.model(**put_all(away, inputs(padding)))
             routed.model.generate(**put_all(away, inputs("left")), **options)
@@ -410,7 +410,7 @@ def test_layers_on_two_devices(away: Place, engine: str, plan: mr.Plan) -> None:
             with away.reading():
                 routed = mr.attach(model, engine=engine)
             theirs = routed.record(groups=["x", "y"])
-            with routed.steer(plan), away.block(theirs, theirs.labels(["x", "y", "y"])):
+            with away.block(routed.steer(plan), theirs, theirs.labels(["x", "y", "y"])):
                 assert [table.device for table in theirs._counting._tables.layers] == [
                     away.first,
                     away.first,
@@ -515,7 +515,7 @@ def decode(place: Place, routed: mr.RoutedModel, graph: bool, plan: mr.Plan | No
 
     recorder = routed.record(groups=["x", "y"])
     steered = contextlib.nullcontext() if plan is None else routed.steer(plan)
-    with steered, place.block(recorder, recorder.labels(["x", "y"])), place.other_stream():
+    with place.block(steered, recorder, recorder.labels(["x", "y"])), place.other_stream():
         model(input_ids=place.put(tokens(2, 4)), past_key_values=cache)
         replay = step
         for at in range(STEPS):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -38,7 +39,11 @@ _WHERE = {"layers": [0], "groups": ["de"], "phase": "decode", "positions": [[0, 
 _EXPERTS = {"kind": "", "experts": {"0": [1]}, "absent": True, "draw": 3, **_WHERE}
 _SOFT = {**_EXPERTS, "strength": 0.5}
 _TABLE = {"lengths": [1], "layers": [0], "keys": [["one", "de"]], "constant": True, "field": "ids"}
-_TABLES = {"i": {**_TABLE, "ids": [[[1]]]}, "s": {**_TABLE, "field": "scores", "scores": [[[0.5, 0.5]]]}}
+_TABLES = {
+    "i": {**_TABLE, "ids": [[[1]]]},
+    "s": {**_TABLE, "field": "scores", "scores": [[[0.5, 0.5]]]},
+    "d": {"field": "directions", "experts": [[1, 2]], "directions": [[0.5, 1.0]]},
+}
 _RULES = [
     {**_SOFT, "kind": "activate", "mode": "sample"},
     {**_SOFT, "kind": "bias", "mode": "score"},
@@ -57,6 +62,7 @@ _RULES = [
     {"kind": "fix_choice", "experts": {"0": {"1": 0}}, "draw": 1, **_WHERE},
     {"kind": "replay", "table": "i", "draw": 1, **_WHERE},
     {"kind": "gumbel", "value": 1.0, "draw": 1, **_WHERE},
+    {"kind": "add_output", "table": "d", "mode": "full", "strength": 0.5, **_WHERE},
     {"kind": "apply", "function": "package.module:f", "source": "0", **_WHERE},
 ]
 _SOURCE = {"split": "dev", "fields": ["question"], "subset": "seen", "languages": None, "skip": 0, "limit": 2}
@@ -315,10 +321,15 @@ def places(hint: Any, content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[
     elif typing.get_origin(hint) is tuple and isinstance(content, list):
         for number, item in enumerate(content):
             yield from places(inner[0 if inner[-1] is Ellipsis else number], item, (*at, number))
-    elif isinstance(content, Mapping):
-        for one in [inner[1]] if typing.get_origin(hint) not in (typing.Union, None) and len(inner) == 2 else inner:
-            for key, item in content.items() if not is_dataclass(one) or one in inner[1:] else ():
-                yield from places(one, item, (*at, key))
+    elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+        tables = [one for one in inner if is_dataclass(one)] if isinstance(content, Mapping) else []
+        # of several tables, that whose keys these are
+        meant = [max(tables, key=lambda one: len(schema._hints(one).keys() & content.keys()))] if tables else inner
+        for one in meant:
+            yield from places(one, content, at)
+    elif typing.get_origin(hint) is not None and isinstance(content, Mapping):
+        for key, item in content.items():
+            yield from places(inner[1], item, (*at, key))
 
 
 def renamed(content: Any, at: tuple[Any, ...], key: str, other: str) -> Any:

@@ -22,4 +22,8 @@ def test_a_rule_becomes_the_table_of_the_kernel_in_six_modules() -> None:
     stops = set(walk(lambda: mr.Plan.activate({0: [1]}).compile(routers)))
     routed.detach()
     way = {"steering.plan", "steering.rule", "steering.kinds", "steering.compile", "steering.cell", "contract.tables"}
-    assert stops == way | {"steering.model", "base.files"}  # whether the plan is for this model, and its hash
+    assert stops == way | {
+        "steering.model",
+        "base.identity",
+        "base.files",
+    }  # whether the plan is for this model, and its hash

@@ -64,7 +64,7 @@ def parser() -> Parser:
         description="Record, analyze and steer expert routing in Mixture-of-Experts language models.",
         epilog="Every command but lm-eval takes --json, and shows an example with --help. Without a model, the demo "
         "model is used.\nMOE_ROUTE_MODEL and MOE_ROUTE_TEXTS stand for --model and --data. --traceback shows where an "
-        "error was raised, and --budget 8 reads files that cost up to 8 times what is allowed.",
+        "error was raised.\n--budget 8 reads files that cost up to 8 times what is allowed.",
     )
     whole.add_argument("--version", action="version", version=f"moe-route {__version__}")
     whole.add_argument("--traceback", action="store_true", help="show where an error was raised")

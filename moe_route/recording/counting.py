@@ -210,7 +210,7 @@ class Counting(CallListener):
         self._drafts: _Drafts | None = None  # drafts of the latest call
         self.on = self._paused = False
         self._progress = options["progress"]
-        self._bar: tqdm = tqdm(disable=True)
+        self._bar: tqdm | None = None  # one that is not shown would take the lock that all bars share
         self._process = os.getpid()  # the process that entered the block
 
     def _new_store(self, sequences: bool | str | os.PathLike[str], memory_bytes: int) -> SequenceStore | None:
@@ -262,7 +262,7 @@ class Counting(CallListener):
         _on_now.add(self)
         self.on, self._open = True, False
         self._connect()
-        self._bar = tqdm(unit=" sequences", desc="recording", disable=not self._progress)
+        self._bar = tqdm(unit=" sequences", desc="recording") if self._progress else None
 
     def end(self, *, finished: bool) -> None:
         """Add up the running sequences, and stop counting. Safe to call twice."""
@@ -277,7 +277,8 @@ class Counting(CallListener):
         """Stop counting, whatever state an interrupt left behind."""
         self.on, self.block = False, None
         self._disconnect()
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         _on_now.discard(self)
 
     def end_with_program(self) -> None:
@@ -567,7 +568,8 @@ class Counting(CallListener):
         self._fingerprint = add_fingerprints(self._fingerprint, f"{running.fingerprint():x}")
         if self._store is not None:
             self._keep(running, averages, values)
-        self._bar.update(running.count)
+        if self._bar is not None:
+            self._bar.update(running.count)
 
     def _keep(self, running: RunningSequences, averages: SequenceAverages, values: Mapping[str, np.ndarray]) -> None:
         assert self._store is not None

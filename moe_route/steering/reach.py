@@ -38,8 +38,8 @@ class Reach:
     """Follows the calls that a plan steers, and says at the end which of its rules reached no token.
 
     Phases and groups are known on the host. Positions are looked up on the device of the call, for rules that have
-    reached nothing yet, and are read when the labels change. A call that is captured into a CUDA graph counts as
-    reached by every rule, since its replays are not seen.
+    reached nothing yet, and are read when the labels change and when the block ends. A call that is captured into a
+    CUDA graph counts as reached by every rule, since its replays are not seen.
 
     Args:
         rules: the rules of the plan.
@@ -55,7 +55,7 @@ class Reach:
         self._pending = list(rules)
         self._possible: list[Rule] = []  # pending rules that some token of such calls may be reached by
         self._hits: dict[int, tuple[Rule, Tensor]] = {}  # bool [] on a device, whether a rule reached a token
-        self._key: object = None
+        self._key: tuple[str, bool, GroupLabels | None] | None = None
         self._here: tuple[str, ...] = ()  # groups of the labels now
         self._names: dict[str, None] = {}
         self._phases: set[str] = set()
@@ -83,7 +83,8 @@ class Reach:
         self._length = max(self._length, call.past_length + call.length)
         key = (call.phase, bool(call.prompt), block)
         if key != self._key:
-            self._read()
+            if self._key is not None and block is not self._key[2]:
+                self._read()
             self._key = key
             self._phases |= phases
             self._here = () if block is None else tuple(map(self._group_of, block.names))

@@ -17,12 +17,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from moe_route.cli import main as command_line
 from moe_route.data import demo_model_folder
@@ -66,6 +68,8 @@ def started(words: Sequence[str], log: Path) -> int:
     child = os.fork()
     if child:
         return child
+    # The lock of tqdm is shared with the parent, which would wait for ever for a child that was killed holding it.
+    tqdm.set_lock(threading.RLock())
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -44,7 +44,7 @@ def test_errors_say_what_to_do(moe_route, tmp_path: Path):
     refused(moe_route("eval", "--out", tmp_path / "r"), "name a study", "--list")
     refused(moe_route("eval", "demo"), "--out FOLDER")
     refused(moe_route("eval", "demos", "--out", tmp_path / "r"), "no study 'demos'", "demo")
-    refused(moe_route("eval", "demo", "--out", tmp_path / "r", "--set", "steer.kind=x"), "steer.kind", "'soft'")
+    refused(moe_route("eval", "demo", "--out", tmp_path / "r", "--set", "steer.kind=x"), "steer.kind", '"soft"')
     refused(moe_route("eval", "qwen3-30b-a3b-mgsm", "--out", tmp_path / "r"), "--set model.revision=HASH")
     pinned = ("--set", f"model.revision={'0' * 40}", "--data", tmp_path)
     refused(moe_route("eval", "qwen3-30b-a3b-mgsm", "--out", tmp_path / "r", *pinned), "flores200", "--data FOLDER")

@@ -162,7 +162,7 @@ PLAN = Plan.forbid({1: [2]})
 
 
 def test_a_plan_that_reaches_nothing_says_so_in_a_line(moe_route, tmp_path: Path):
-    Plan.activate({0: [1]}).only(groups="swh_Latn").save(tmp_path / "plan.json")
+    Plan.activate({0: [1]}).only(phase="decode").save(tmp_path / "plan.json")
     texts = ("--languages", "eng_Latn,deu_Latn", "--limit", "2", "--batch-size", "2")
     steer = ("steer", "--plan", tmp_path / "plan.json")
     record = ("record", "--out", tmp_path / "a.safetensors", "--plan", tmp_path / "plan.json")
@@ -182,4 +182,4 @@ def test_a_plan_that_reaches_nothing_says_so_in_a_line(moe_route, tmp_path: Path
         assert code == 0
         (line,) = [line for line in err.splitlines() if "reached no token" in line]
         assert line.startswith("moe-route: ")
-        assert "eng_Latn" in line
+        assert "phase prefill" in line

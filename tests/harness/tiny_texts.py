@@ -21,6 +21,10 @@ class Characters:
     """The part of a tokenizer that `LanguageModel` uses: the code of each character is its token."""
 
     pad_token_id = 0
+    all_special_ids = (0,)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
 
     def __call__(self, texts: str | Sequence[str], **options: Any) -> dict[str, Any]:
         if isinstance(texts, str):

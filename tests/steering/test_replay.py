@@ -577,7 +577,7 @@ def test_plans_of_json_are_read_compared_and_edited(tmp_path: Path, caplog: pyte
     assert Plan.load(path) == Plan.activate({0: [1, 2]}, strength=2.0).only(groups="sw") + Plan.forbid({1: [3]})
     assert "was edited since it was saved" in caplog.text
     for text, message in (
-        ("{", "nested deeper"),
+        ("{", "is not JSON"),
         ("[" * 100_000, "nested deeper"),
         ("[1]", "is not a plan"),
         ('{"moe_route": "plan", "schema": 99}', "upgrade moe-route"),
