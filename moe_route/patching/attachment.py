@@ -34,7 +34,15 @@ from moe_route.modules.watch import WatchedForward
 from moe_route.ops import library, load_kernels
 from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import RunningCall
-from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, HookEngine, LayerSteering, LogitsCallback
+from moe_route.patching.engine import (
+    NOT_CHECKED,
+    ChoiceCallback,
+    Engine,
+    FusedEngine,
+    HookEngine,
+    LayerSteering,
+    LogitsCallback,
+)
 from moe_route.patching.generate import listen_to_generate
 from moe_route.routers.check import check_router
 from moe_route.routers.discovery import RouterInfo, find_routers
@@ -106,8 +114,7 @@ class Attachment:
                 )
             _choose_engine(router, engine)
         _prepare_kernels(self.routers)
-        if verify:
-            _check(self.routers)
+        unchecked = _check(self.routers) if verify else ()
         self._on_choice: ChoiceCallback | None = None
         self._on_logits: tuple[LogitsCallback, ...] = ()
         self._steering: list[LayerSteering | None] | None = None
@@ -123,6 +130,8 @@ class Attachment:
         for each in self._engines:
             if isinstance(each, FusedEngine):
                 each.asks_model = ties == "model"
+            elif isinstance(each, HookEngine):
+                each.unchecked = each.router in unchecked
         self._changes: list[Change] = []
         self._hooks: list[ForwardHook | None] = []  # by router: the hook that sees what it returns
         self._guards: dict[int, KeptOutput] = {}  # by router: what sees that nobody changes it afterwards
@@ -543,12 +552,17 @@ def _not_fusable(router: RouterInfo) -> str | None:
     return None
 
 
-def _check(routers: list[RouterInfo]) -> None:
+def _check(routers: list[RouterInfo]) -> list[RouterInfo]:
+    """Check every kind of router; returns those that can only be checked when they run."""
     seen: dict[object, str] = {}
+    unchecked: list[RouterInfo] = []
     for router in routers:
         why = unreadable(router.module)
         if why is not None:
-            router.notes = (*router.notes, f"not checked: {why}")
+            router.notes = (*router.notes, f"{NOT_CHECKED}: {why}")
+            if router.engine == "fused":
+                router.engine, router.reason = "hook", f"fused was asked for, but {why}"
+            unchecked.append(router)
             continue
         dtype = None if router.parameter is None else router.parameter.dtype
         kind = (type(router.module), router.spec, router.num_experts, router.top_k, router.engine, dtype)
@@ -557,6 +571,7 @@ def _check(routers: list[RouterInfo]) -> None:
         if seen[kind]:
             router.engine, router.reason = "hook", f"fused was asked for, but {seen[kind]}"
     logger.debug("checked %d kinds of router of %d", len(seen), len(routers))
+    return unchecked
 
 
 def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering | None:
