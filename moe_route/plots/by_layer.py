@@ -482,6 +482,8 @@ def _by_mean(quantity: _Quantity, look: Lines) -> list[str]:
     unknown = [name for name in look if name not in Lines.__annotations__]
     if unknown:
         raise TypeError(f"no argument {unknown[0]!r}: lines take {', '.join(Lines.__annotations__)}")
+    of_groups = {name: look.get(name) for name in ("labels", "styles", "levels")}
+    frame.refuse_misspelt((*quantity.groups, *filter(None, [quantity.reference])), **of_groups)
     return sorted(frame.known(quantity.groups, look.get("groups")), key=lambda group: -_mean(quantity.of(group)))
 
 
