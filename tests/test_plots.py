@@ -342,6 +342,12 @@ def test_a_misspelt_group_among_labels_styles_and_levels_is_refused(what: str):
     plots.divergence(found, **{what: {"fra_Latn": "red", "deu": "red"}})  # as for another figure
 
 
+def test_layers_to_shade_are_those_of_the_result():
+    found = analysis.Divergence(np.ones((1, 2)), ("a",), "b", ("0", "1"), undefined=np.zeros((1, 2), int))
+    with pytest.raises(ValueError, match="layer 2"):
+        plots.divergence(found, middle=range(1, 3))
+
+
 def test_a_misspelt_group_is_refused_in_other_figures():
     rng = np.random.default_rng(0)
     matrix = DivergenceMatrix(rng.random((2, 3, 3)), ("aa", "bbb", "cccc"), ("0", "1"))

@@ -75,6 +75,9 @@ def divergence(
     """
     quantity = _divergence(divergence, interval, look.get("labels"))
     names = _by_mean(quantity, look)
+    outside = sorted(set(middle or ()) - set(range(len(divergence.layers))))
+    if outside:
+        raise ValueError(f"middle names layer {outside[0]}: there are {len(divergence.layers)} layers, from 0")
     if order is not None:
         missing = [name for name in names if name not in order]
         if missing:

@@ -200,6 +200,10 @@ class TestTexts:
         assert len(said) == 1
         assert "positions 0 to" in said[0]
 
+    def test_a_sweep_refuses_layers_that_the_model_lacks(self, language_model: LanguageModel) -> None:
+        with pytest.raises(mr.steering.PlanError, match="steers layer 20"):
+            mr.experiments.strength_sweep(language_model, self.texts, mr.Plan.forbid({20: [1]}), [1.0], controls=1)
+
     def test_a_sweep_refuses_a_plan_for_groups_of_no_text(self, language_model: LanguageModel) -> None:
         plan = mr.Plan.activate({0: [3]}).only(groups=["eng_Latn", "deu_Latm"])
         with pytest.raises(mr.steering.PlanError, match=r'"deu_Latm".*"deu_Latn"'):
