@@ -229,9 +229,13 @@ class RoutedModel:
         """Warn from now on when a plan names one of these experts (layer -> ids); None ends it.
 
         Meant for super experts (``analysis.super_experts(statistics).selection``), whose change breaks the model on any
-        text. ``steer`` then gives a ``RuntimeWarning`` that lists them, and steers all the same.
+        text. ``steer`` then gives a ``RuntimeWarning`` that lists them, and steers all the same. Raises
+        ``PlanError`` for experts that the model lacks.
         """
-        self._protected = None if experts is None else ExpertSelection(experts)
+        selection = None if experts is None else ExpertSelection(experts)
+        if selection:
+            self._compiled(Plan.forbid(selection))  # refuses layers and experts that the model lacks
+        self._protected = selection
 
     def _warn_of_protected(self, plan: Plan) -> None:
         touched = self._protected and plan.touching(self._protected)

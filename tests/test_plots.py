@@ -334,6 +334,29 @@ def test_lines_take_no_other_arguments():
         plots.by_script(found, levels={"a": "high"})
 
 
+@pytest.mark.parametrize("what", ["labels", "styles", "levels"])
+def test_a_misspelt_group_among_labels_styles_and_levels_is_refused(what: str):
+    found = analysis.Divergence(np.ones((2, 2)), ("swh_Latn", "deu"), "b", ("0", "1"), undefined=np.zeros((2, 2), int))
+    with pytest.raises(ValueError, match=rf'{what}.*"swa_Latn".*"swh_Latn"'):
+        plots.divergence(found, **{what: {"swa_Latn": "red", "deu": "red"}})
+    plots.divergence(found, **{what: {"fra_Latn": "red", "deu": "red"}})  # as for another figure
+
+
+def test_layers_to_shade_are_those_of_the_result():
+    found = analysis.Divergence(np.ones((1, 2)), ("a",), "b", ("0", "1"), undefined=np.zeros((1, 2), int))
+    with pytest.raises(ValueError, match="layer 2"):
+        plots.divergence(found, middle=range(1, 3))
+
+
+def test_a_misspelt_group_is_refused_in_other_figures():
+    rng = np.random.default_rng(0)
+    matrix = DivergenceMatrix(rng.random((2, 3, 3)), ("aa", "bbb", "cccc"), ("0", "1"))
+    with pytest.raises(ValueError, match='"cccd"'):
+        plots.divergence_matrix(matrix, labels={"cccd": "C"})
+    with pytest.raises(ValueError, match='"deuu"'):
+        plots.steering_table({"x": {"deu": 0.1, "swh": 0.2}}, labels={"deuu": "German"})
+
+
 def test_faces_list_their_names():
     for face in (analysis, plots):
         assert dir(face) == sorted(face.__all__)

@@ -299,6 +299,8 @@ def _run_folder(options: argparse.Namespace) -> Answer:
         raise mr.data.CorpusError(
             f"{options.data} holds no text" + (" in these languages" if options.languages else "")
         )
+    if plan is not None and not begun and corpus.languages is not None:
+        plan.check_groups(corpus.languages)
     files.make_folder(options.out)
     with ExitStack() as stack:
         reach = Reach(() if plan is None else plan.rules)

@@ -220,6 +220,14 @@ class CorpusStream:
         notes = dict.fromkeys(part.note for part in self._parts if part.note)
         return "; ".join([f"items: {' and '.join(items)}", f"languages: {', '.join(groups)}", *notes])
 
+    @property
+    def languages(self) -> tuple[str, ...] | None:
+        """The groups of all texts in order, or None where only reading to the end would tell."""
+        if self.groups is not None:
+            return self.groups
+        listed = [part.languages for part in self._parts]
+        return None if None in listed else tuple(dict.fromkeys(name for names in listed for name in names or ()))
+
     @cached_property
     def _parts(self) -> list[_Part]:
         """The parts of the source, with the languages asked for only and in their order."""

@@ -404,6 +404,8 @@ class _Run:
             return lines
         bar = tqdm(total=len(batches), initial=lines.done, desc=name, disable=not self.progress, leave=False)
         steered = Plan() if plan is None else plan
+        if name != NULL:
+            steered.check_groups(question.language for _, batch in batches for question in batch)
         reach = Reach(steered.rules)
         reach.partial = lines.done > 0
         with bar, routed.steer(steered, reach=reach):

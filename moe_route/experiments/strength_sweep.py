@@ -112,6 +112,8 @@ def strength_sweep(
     if controls < 0:
         raise ValueError(f"controls must be 0 or more, not {controls}")
     with TextRun(language_model, texts, routed, batch_size, max_length, progress) as run:
+        with run.routed.steer(plan):
+            pass  # refuses a plan that does not fit, before controls are drawn from it
         sizes = [router.num_experts for router in run.routed.routers]
         known = plan if plan.model.num_experts else plan.for_model(num_experts=sizes)
         bases = [plan, *(known.random(seed + draw) for draw in range(controls))]

@@ -168,6 +168,8 @@ class TextRun:
         alike = max(1, self.batch_size // len(plans))  # texts per batch
         together = max(1, self.batch_size // alike)  # plans per batch
         groups = list(dict.fromkeys(self.groups))
+        for plan in plans:
+            plan.check_groups(groups)
         reach = Reach((rule for plan in plans for rule in plan.rules), group_of=_group_of_copy)
         starts = range(0, len(plans), together)
         for number, start in enumerate(starts, 1):

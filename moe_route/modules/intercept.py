@@ -81,6 +81,23 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu" if device is None else device)
 
 
+def runs_by(module: nn.Module) -> tuple[object, ...]:
+    """What runs when a module is called: its forward, and hooks of accelerate that are not accelerate's own.
+
+    Equal as long as nobody replaces them: the wrapper that accelerate itself puts on for offloading does not count.
+    """
+    forward: Any = vars(module).get("forward")
+    strange: tuple[object, ...] = ()
+    if managed_by_accelerate(module) and _is_of_accelerate(getattr(forward, "func", None)):
+        forward = vars(module).get("_old_forward")
+        strange = tuple(hook for hook in _accelerate_hooks(module) if not _is_of_accelerate(type(hook)))
+    return getattr(forward, "__func__", forward) or type(module).forward, strange
+
+
+def _is_of_accelerate(thing: object) -> bool:
+    return str(getattr(thing, "__module__", "")).startswith("accelerate.")
+
+
 def forward_attribute(module: nn.Module) -> str:
     """Name of the attribute that holds the module's forward; accelerate moves the original to another attribute."""
     return "_old_forward" if managed_by_accelerate(module) else "forward"
@@ -118,6 +135,20 @@ class ForwardHook:
         """Register the hook."""
         self.module.register_forward_hook(self.hook, always_call=self.always_call)
 
+    def come_last(self) -> bool:
+        """Run after the hooks that others have registered since; whether there were any.
+
+        Raises `RuntimeError` if the hook was taken out.
+        """
+        hooks = self.module._forward_hooks
+        own = next((number for number, hook in hooks.items() if hook is self.hook), None)
+        if own is None:
+            raise RuntimeError(f"the hook on {type(self.module).__name__} was taken out after attach")
+        if own == next(reversed(hooks)):
+            return False
+        hooks.move_to_end(own)
+        return True
+
     def remove(self) -> None:
         """Remove the hook."""
         module = self.module
@@ -137,6 +168,76 @@ class ForwardPreHook:
     def remove(self) -> None:
         """Remove the hook."""
         _take_out(self.hook, self.module._forward_pre_hooks, self.module._forward_pre_hooks_with_kwargs)
+
+
+def later_hooks(module: nn.Module, hook: Callable[..., Any] | None) -> list[int]:
+    """Numbers of the forward hooks of `module` that run after `hook`, or of all with None.
+
+    Raises `RuntimeError` if `hook` is not among them.
+    """
+    numbers = [number for number, other in module._forward_hooks.items() if other is hook]
+    if hook is not None and not numbers:
+        raise RuntimeError(
+            f"the hook of moe-route was taken out of {type(module).__name__} after attach: detach(), and attach again"
+        )
+    listed = list(module._forward_hooks)
+    return listed if hook is None else listed[listed.index(numbers[0]) + 1 :]
+
+
+class KeptOutput:
+    """Raises `RuntimeError` with `refusal` where hooks of others change the output of `module` behind `hook`.
+
+    `hook` is the one that sees the output first; None where the module's own forward is. Hooks that return nothing, or
+    the same values, are let through.
+    """
+
+    def __init__(self, module: nn.Module, hook: Callable[..., Any] | None, refusal: str) -> None:
+        self.module, self.hook, self.refusal = module, hook, refusal
+        self._around = ForwardHook(module, untraced(self._keep)), ForwardHook(module, untraced(self._compare))
+        self._kept: tuple[Any, int] | None = None
+
+    def install(self) -> None:
+        """Register a hook before those of others, and one behind them."""
+        others = later_hooks(self.module, self.hook)
+        for hook in self._around:
+            hook.install()
+        for number in (*others, next(reversed(self.module._forward_hooks))):
+            self.module._forward_hooks.move_to_end(number)  # type: ignore[attr-defined]
+
+    def remove(self) -> None:
+        """Remove both hooks."""
+        for hook in self._around:
+            hook.remove()
+        self._kept = None
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._kept = output, _changes_in_place(output)
+
+    def _compare(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kept, self._kept = self._kept, None
+        if kept is None or (output is kept[0] and _changes_in_place(output) == kept[1]):
+            return
+        if output is kept[0] or not _equal(output, kept[0]):
+            raise RuntimeError(self.refusal)
+
+
+def _changes_in_place(output: Any) -> int:
+    """How often tensors of an output were changed in place; 0 in inference mode, where torch does not count it."""
+    try:
+        return sum(part._version for part in _parts(output) if isinstance(part, Tensor))
+    except RuntimeError:
+        return 0
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return len(_parts(a)) == len(_parts(b)) and all(
+        x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and bool((x == y).all()))
+        for x, y in zip(_parts(a), _parts(b), strict=True)
+    )
+
+
+def _parts(output: Any) -> tuple[Any, ...]:
+    return tuple(output) if isinstance(output, (tuple, list)) else (output,)
 
 
 def _take_out(hook: Callable[..., Any], hooks: dict[int, Callable[..., Any]], flags: dict[int, bool]) -> None:

@@ -127,6 +127,13 @@ class WatchedForward:
         for hook in self._hooks:
             hook.install()
 
+    @property
+    def last(self) -> ForwardHook:
+        """The hook that sees the output."""
+        hook = self._hooks[-1]
+        assert isinstance(hook, ForwardHook)
+        return hook
+
     def remove(self) -> None:
         """Stop watching."""
         self._drop_interrupted()

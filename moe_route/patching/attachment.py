@@ -19,11 +19,30 @@ from moe_route.contract.experts import AddedDirections
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.experts.interface import ExpertsSwitch
 from moe_route.experts.outputs import OutputSink, add_to_outputs, watch_experts
-from moe_route.modules.intercept import Change, ForwardHook, ForwardPreHook, at, drop_graphs, untraced
+from moe_route.modules.intercept import (
+    Change,
+    ForwardHook,
+    ForwardPreHook,
+    KeptOutput,
+    at,
+    drop_graphs,
+    later_hooks,
+    runs_by,
+    untraced,
+)
+from moe_route.modules.watch import WatchedForward
 from moe_route.ops import library, load_kernels
 from moe_route.ops.token_rules import fitted
 from moe_route.patching.context import RunningCall
-from moe_route.patching.engine import ChoiceCallback, Engine, FusedEngine, HookEngine, LayerSteering, LogitsCallback
+from moe_route.patching.engine import (
+    NOT_CHECKED,
+    ChoiceCallback,
+    Engine,
+    FusedEngine,
+    HookEngine,
+    LayerSteering,
+    LogitsCallback,
+)
 from moe_route.patching.generate import listen_to_generate
 from moe_route.routers.check import check_router
 from moe_route.routers.discovery import RouterInfo, find_routers
@@ -95,8 +114,7 @@ class Attachment:
                 )
             _choose_engine(router, engine)
         _prepare_kernels(self.routers)
-        if verify:
-            _check(self.routers)
+        unchecked = _check(self.routers) if verify else ()
         self._on_choice: ChoiceCallback | None = None
         self._on_logits: tuple[LogitsCallback, ...] = ()
         self._steering: list[LayerSteering | None] | None = None
@@ -104,17 +122,24 @@ class Attachment:
         self._directions: list[AddedDirections | None] | None = None
         self._adding: list[Change] = []
         self._captured: list[object] = []
-        self._context = RunningCall(finished=partial(finished_tokens, model), on_capture=self._keep_for_graph)
+        self._context = RunningCall(
+            finished=partial(finished_tokens, model), on_capture=self._keep_for_graph, on_hooks=self._guard
+        )
         self._context.placeholders = placeholder_ids(model)
         self._engines = [ENGINES[router.engine](router, self._context) for router in self.routers]
         for each in self._engines:
             if isinstance(each, FusedEngine):
                 each.asks_model = ties == "model"
+            elif isinstance(each, HookEngine):
+                each.unchecked = each.router in unchecked
         self._changes: list[Change] = []
+        self._hooks: list[ForwardHook | None] = []  # by router: the hook that sees what it returns
+        self._guards: dict[int, KeptOutput] = {}  # by router: what sees that nobody changes it afterwards
         self._watching: list[Change] = []
         self._sinks: tuple[OutputSink | None, InputSink | None] = (None, None)
         experts = (ExpertsSwitch(model, pack=pack),) if experts_implementation == "moe_route" else ()
         self._install((*experts, *self._own_changes()))
+        self._forwards = [runs_by(router.module) for router in self.routers]
 
     @property
     def attached(self) -> bool:
@@ -137,6 +162,8 @@ class Attachment:
 
     @on_choice.setter
     def on_choice(self, callback: ChoiceCallback | None) -> None:
+        if callback is not None:
+            self._settle()
         self._on_choice = callback
         self._configure()
 
@@ -146,6 +173,7 @@ class Attachment:
         The logits are those of the model, before any steering, with their gradient. Routers of a vision tower are left
         out, since their patches are not tokens of the call.
         """
+        self._settle()
         self._on_logits = (*self._on_logits, callback)
         self._configure()
 
@@ -165,7 +193,7 @@ class Attachment:
         Tables without effect count as None. Raises `ValueError` if their number or a shape does not fit the model.
         """
         if tables is not None:
-            self._refuse_replaced()
+            self._settle()
             self._fits("steering tables", tables)
             for router, table in zip(self.routers, tables, strict=True):
                 if table is not None and not router.steerable:
@@ -219,7 +247,7 @@ class Attachment:
         Small calls (decode steps) are counted together, up to `lag` calls late. Call `flush` before reading the tables.
         """
         if tables is not None:
-            self._refuse_replaced()
+            self._settle()
             self._fits("statistics tables", tables)
         self.flush()
         if self._statistics is None or tables is None:  # recording starts or stops: no call is running
@@ -301,7 +329,9 @@ class Attachment:
             yield ForwardHook(module, partial(_leave, self._context), always_call=True)
         yield from listen_to_generate(self.model, self._context)
         for engine in self._engines:
-            yield from engine.changes()
+            changes = engine.changes()
+            yield from changes
+            self._hooks.append(_choice_hook(engine, changes))
 
     def _install(self, changes: Iterable[Change]) -> None:
         """Make all changes, or none of them if one fails or an interrupt comes."""
@@ -324,6 +354,7 @@ class Attachment:
     def _take_back(self) -> None:
         self._end_watch()
         self._end_adding()
+        self._end_guards()
         while self._changes:
             self._changes[-1].remove()
             self._changes.pop()
@@ -348,19 +379,60 @@ class Attachment:
         idle = nothing_set and not self._on_logits and self._directions is None
         if self._context.idle and not idle:
             self._context.lengths.forget()  # calls went by that were not seen
+        if idle:
+            self._end_guards()
         self._context.idle = idle
 
+    def _settle(self) -> None:
+        """Let the hooks run behind those that others have put on the routers since.
+
+        Raises `RuntimeError` if a router is no longer part of the model, or runs another forward than at attach, since
+        it would count and steer nothing, or what nobody has checked.
+        """
+        if self._context.idle:
+            self._refuse_replaced()
+        self._end_guards()
+        moved = [hook.come_last() for hook in self._hooks if hook is not None]
+        self._guard()
+        if any(moved) or self._guards:
+            drop_graphs(self.model)
+
     def _refuse_replaced(self) -> None:
-        """Raise `RuntimeError` if a router is no longer part of the model, since it would count and steer nothing."""
-        if not self._context.idle:
-            return
         present = set(self.model.modules())
-        for router in self.routers:
+        for router, before in zip(self.routers, self._forwards, strict=True):
+            again = "detach(), and attach(model) again"
             if router.module not in present:
                 raise RuntimeError(
                     f"router {router.name!r} is not part of the model any more (its layer was replaced after attach): "
-                    "detach(), and attach(model) again"
+                    f"{again}"
                 )
+            if runs_by(router.module) != before:
+                raise RuntimeError(
+                    f"the forward of router {router.name!r} was replaced after attach, and may choose otherwise: "
+                    f"{again}, which checks what it does"
+                )
+
+    def _guard(self) -> None:
+        """Put a guard on every router whose output hooks of others get after it was seen."""
+        for number, (engine, hook) in enumerate(zip(self._engines, self._hooks, strict=True)):
+            if number in self._guards or (hook is None and not isinstance(engine, FusedEngine)):
+                continue
+            module, function = (engine.router.module, None) if hook is None else (hook.module, hook.hook)
+            later = later_hooks(module, function)
+            if later:
+                names = ", ".join(_name_of(module._forward_hooks[number]) for number in later)
+                guard = self._guards[number] = KeptOutput(
+                    module, function, _CHANGED[engine.router.engine].format(names, engine.router.name)
+                )
+                guard.install()
+
+    def _end_guards(self) -> None:
+        if self._guards:
+            drop_graphs(self.model)
+        while self._guards:
+            number = next(iter(self._guards))
+            self._guards[number].remove()
+            self._guards.pop(number)
 
     def _fits(self, what: str, tables: Sequence[LayerSteering | StatisticsTables | None]) -> None:
         if len(tables) != len(self.routers):
@@ -375,6 +447,26 @@ class Attachment:
     def _keep_for_graph(self, labels: Labels) -> None:
         """Keep these labels alive, since a CUDA graph reads and writes their tensors in every replay."""
         self._captured.append((labels, self._statistics, [engine.steering for engine in self._engines]))
+
+
+_CHANGED = {
+    "hook": "hooks that were put on router {1!r} inside record() or steer() ({0}) change its choice after it was seen: "
+    "register them before the block, then they run before moe-route",
+    "fused": "hooks on router {1!r} ({0}) change its choice after engine='fused' made it: "
+    "attach(model, engine='hook'), which counts and steers what they return",
+}
+
+
+def _choice_hook(engine: Engine, changes: Sequence[Change]) -> ForwardHook | None:
+    """The hook among the changes of an engine that sees the choice as its module returns it, or None."""
+    if not engine.adapter.returns_choice:
+        return None
+    first = changes[0]
+    return first.last if isinstance(first, WatchedForward) else first if isinstance(first, ForwardHook) else None
+
+
+def _name_of(hook: Callable[..., Any]) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
 
 
 class _Registered:
@@ -460,12 +552,17 @@ def _not_fusable(router: RouterInfo) -> str | None:
     return None
 
 
-def _check(routers: list[RouterInfo]) -> None:
+def _check(routers: list[RouterInfo]) -> list[RouterInfo]:
+    """Check every kind of router; returns those that can only be checked when they run."""
     seen: dict[object, str] = {}
+    unchecked: list[RouterInfo] = []
     for router in routers:
         why = unreadable(router.module)
         if why is not None:
-            router.notes = (*router.notes, f"not checked: {why}")
+            router.notes = (*router.notes, f"{NOT_CHECKED}: {why}")
+            if router.engine == "fused":
+                router.engine, router.reason = "hook", f"fused was asked for, but {why}"
+            unchecked.append(router)
             continue
         dtype = None if router.parameter is None else router.parameter.dtype
         kind = (type(router.module), router.spec, router.num_experts, router.top_k, router.engine, dtype)
@@ -474,6 +571,7 @@ def _check(routers: list[RouterInfo]) -> None:
         if seen[kind]:
             router.engine, router.reason = "hook", f"fused was asked for, but {seen[kind]}"
     logger.debug("checked %d kinds of router of %d", len(seen), len(routers))
+    return unchecked
 
 
 def _fitted(tables: LayerSteering | None, router: RouterInfo) -> LayerSteering | None:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moe_route.base.devices import capturing, upload
 from moe_route.calls.call import Call, recomputing
@@ -38,6 +39,7 @@ class RunningCall:
         table: int32 [T, 4], the token table; None outside a call.
         last: the table of the latest call, for checkpointed layers that run again in the backward pass.
         tables: the token table on each device that has a router.
+        hooks: how many hooks of modules and tensors this process had made when the last call began.
         small: whether a call runs whose routers may be counted after it (`deferred`).
         versioned: whether the tensors that the call makes have version counters; in inference mode they have none.
         steers: whether some token of the call may have a steering row.
@@ -51,6 +53,7 @@ class RunningCall:
         "device",
         "entries",
         "generations",
+        "hooks",
         "idle",
         "last",
         "lengths",
@@ -73,6 +76,7 @@ class RunningCall:
         "_labels",
         "_lock",
         "_on_capture",
+        "_on_hooks",
         "_patches",
         "_thread",
         "_uniform",
@@ -84,6 +88,7 @@ class RunningCall:
         *,
         finished: Callable[[], Sequence[int]] = tuple,
         on_capture: Callable[[Labels], None] | None = None,
+        on_hooks: Callable[[], None] | None = None,
     ) -> None:
         """Create the context of one attached model.
 
@@ -91,6 +96,7 @@ class RunningCall:
             listener: gives the labels of each call.
             finished: returns the ids that ended sequences of a batch are fed.
             on_capture: called with the labels of each call that is captured into a CUDA graph.
+            on_hooks: called before a call if hooks were registered anywhere since the last one.
         """
         self.listener = CallListener() if listener is None else listener
         self.deferred = DeferredCounts()
@@ -116,7 +122,8 @@ class RunningCall:
         self.small = False
         self.versioned = True
         self._captured = False
-        self._finished, self._on_capture = finished, on_capture
+        self.hooks = RemovableHandle.next_id
+        self._finished, self._on_capture, self._on_hooks = finished, on_capture, on_hooks
         self._key: tuple[object, ...] | None = None
         self._cached: Tables = {}
         self._uniform = False
@@ -135,7 +142,7 @@ class RunningCall:
 
     def release(self) -> None:
         """Drop the listener, so that no reference cycle keeps the model alive."""
-        self.listener, self._finished, self._on_capture = CallListener(), tuple, None
+        self.listener, self._finished, self._on_capture, self._on_hooks = CallListener(), tuple, None, None
         self.forget_call()
 
     def forget_call(self) -> None:
@@ -159,6 +166,9 @@ class RunningCall:
             refuse_paged(kwargs)
         if not self._claim(module):
             return
+        if self.hooks != RemovableHandle.next_id and not torch.compiler.is_compiling() and self._on_hooks is not None:
+            self._on_hooks()
+            self.hooks = RemovableHandle.next_id
         generation = self.generation
         finished = self._finished if generation is None else tuple
         call = reader(args, kwargs, finished, self.lengths)

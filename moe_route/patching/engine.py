@@ -35,7 +35,7 @@ from moe_route.ops.token_rules import route_tokens
 from moe_route.patching.context import RunningCall
 from moe_route.patching.deferred import versions
 from moe_route.routers.adapter import Decision, Output
-from moe_route.routers.check import undecided
+from moe_route.routers.check import check_output, undecided
 from moe_route.routers.discovery import RouterInfo
 from moe_route.routers.family import gate_logits, weight_dtype
 
@@ -46,6 +46,8 @@ LogitsCallback = Callable[[int, Tensor], None]
 """Called with a layer and the router's own logits [T, E], before any steering."""
 
 EMPTYING = frozenset(("force", "top_k", "remap"))  # steering tables that can leave a slot empty
+
+NOT_CHECKED = "not checked"  # begins the note of a router that has not run yet
 
 LayerSteering = SteeringTables | TokenTables
 
@@ -228,12 +230,13 @@ class HookEngine(Engine):
 
     `keeps_output`: whether the model leaves the router's output unchanged (None: not known yet).
     `defers`: whether the hook only keeps the output of a small call, which is counted after the call.
+    `unchecked`: whether the router had no weights at attach, and was not compared with its specification since.
     """
 
     def __init__(self, router: RouterInfo, context: RunningCall) -> None:
         super().__init__(router, context)
         self.keeps_output: bool | None = None if self.adapter.output_is_complete and not self.adapter.patches else False
-        self.defers = False
+        self.defers = self.unchecked = False
 
     def configure(
         self,
@@ -265,6 +268,8 @@ class HookEngine(Engine):
     def hook(self, module: nn.Module, args: tuple[object, ...], output: Output) -> Output | None:
         """Count the router's output; return a new output only if some token is steered."""
         context = self.context
+        if self.unchecked and not (context.idle or is_compiling()):
+            self._check(args, output)
         if context.small and self.defers and not is_compiling():
             context.deferred.kept.append((self, output, versions(output) if context.versioned else None))
             return None
@@ -294,6 +299,11 @@ class HookEngine(Engine):
             ops.observe(logits, ids, weights, self.spec, tokens=table, statistics=self.statistics)
         self.tell(decision.ids, decision.weights)
         return None
+
+    def _check(self, args: tuple[object, ...], output: object) -> None:
+        self.unchecked = not check_output(self.router, args, output)
+        if not self.unchecked:
+            self.router.notes = tuple(note for note in self.router.notes if not note.startswith(NOT_CHECKED))
 
     def _reroute(
         self,

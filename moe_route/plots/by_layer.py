@@ -75,6 +75,9 @@ def divergence(
     """
     quantity = _divergence(divergence, interval, look.get("labels"))
     names = _by_mean(quantity, look)
+    outside = sorted(set(middle or ()) - set(range(len(divergence.layers))))
+    if outside:
+        raise ValueError(f"middle names layer {outside[0]}: there are {len(divergence.layers)} layers, from 0")
     if order is not None:
         missing = [name for name in names if name not in order]
         if missing:
@@ -482,6 +485,8 @@ def _by_mean(quantity: _Quantity, look: Lines) -> list[str]:
     unknown = [name for name in look if name not in Lines.__annotations__]
     if unknown:
         raise TypeError(f"no argument {unknown[0]!r}: lines take {', '.join(Lines.__annotations__)}")
+    of_groups = {name: look.get(name) for name in ("labels", "styles", "levels")}
+    frame.refuse_misspelt((*quantity.groups, *filter(None, [quantity.reference])), **of_groups)
     return sorted(frame.known(quantity.groups, look.get("groups")), key=lambda group: -_mean(quantity.of(group)))
 
 

@@ -64,6 +64,7 @@ def expert_flow(
         raise ValueError(f"flows must be 1 or more, not {flows}")
     if len(statistics.layers) < 2:
         raise ValueError("a flow needs two layers or more: leave layers out of select()")
+    frame.refuse_misspelt(statistics.groups, labels=labels)
     wanted = [name for name in frame.known(statistics.groups, groups) if name != reference]
     if not wanted:
         raise ValueError("there is no group to draw besides the reference: name others")

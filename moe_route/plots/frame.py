@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import numpy as np
 
 from moe_route.base import files
+from moe_route.base.schema import misspelt
 from moe_route.base.table import printable
 from moe_route.data.languages import codes, flores_code, language_name
 
@@ -471,6 +472,18 @@ def labels_of(groups: Sequence[str], labels: Mapping[str, str] | None) -> list[s
     shown = [label_of(group, labels) for group in groups]
     alike = {label for label in shown if shown.count(label) > 1}
     return [f"{label} [{group}]" if label in alike else label for label, group in zip(shown, groups, strict=True)]
+
+
+def refuse_misspelt(groups: Iterable[str], **given: Any) -> None:
+    """Raise ``ValueError`` for a key of labels, styles or levels that is a letter off a group which has none there.
+
+    Other keys that are no group are let through, so that figures of other groups can share them.
+    """
+    names = list(groups)
+    for what, values in given.items():
+        near = misspelt(values or (), names)
+        if near is not None:
+            raise ValueError(f'{what} names "{near[0]}", which is not drawn: did you mean "{near[1]}"?')
 
 
 def known(groups: Sequence[str], wanted: Sequence[str] | None) -> list[str]:

@@ -34,6 +34,7 @@ def divergence_matrix(
 
     Raises ``ValueError`` for fewer than three groups, whose divergence is one number.
     """
+    frame.refuse_misspelt(matrix.groups, labels=labels)
     chosen = frame.known(matrix.groups, groups)
     rows = [matrix.groups.index(group) for group in chosen]
     values = matrix.mean(layers)[np.ix_(rows, rows)]
@@ -65,6 +66,7 @@ def similarity(
 
     Similar groups lie side by side, in the order of the leaves of their tree (``method`` as for ``tree``).
     """
+    frame.refuse_misspelt(similarity.groups, labels=labels)
     order = similarity.order(layers, method)
     rows = [similarity.groups.index(name) for name in order]
     values = similarity.mean(layers)[np.ix_(rows, rows)]
@@ -94,6 +96,7 @@ def tree(
     Two clusters join where their distance stands on the axis: that of their farthest pair ("complete"), of their
     nearest ("single"), or the mean over pairs ("average").
     """
+    frame.refuse_misspelt(similarity.groups, labels=labels)
     merges, order = similarity.tree(layers, method), similarity.order(layers, method)
     ax = frame.new_axes(ax, (5.4, 0.9 + 0.24 * len(order)))
     places = {similarity.groups.index(name): (0.0, float(row)) for row, name in enumerate(order)}

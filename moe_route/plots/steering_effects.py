@@ -67,6 +67,7 @@ def steering_table(
         raise ValueError(f'better must be "lower" or "higher", not {better!r}')
     columns = _columns(changes)
     rows = _rows(columns, groups, levels)
+    frame.refuse_misspelt((group for column in columns.values() for group in column), labels=labels, levels=levels)
     cells = np.array([[_cell(columns[name][row]) for name in columns] for row in rows])  # [row, column, 3]
     values = cells[:, :, 0]
     if not np.isfinite(values).all():
@@ -114,6 +115,7 @@ def strengths(
     those of ``divergence``.
     """
     names = frame.known(sweep.groups, groups)
+    frame.refuse_misspelt(sweep.groups, labels=labels, styles=styles)
     ax = frame.new_axes(ax, (6.4, 3.6), len(names))
     order = np.argsort([*sweep.strengths, 0.0] if 0.0 not in sweep.strengths else sweep.strengths)
     places = np.array([*sweep.strengths, 0.0] if 0.0 not in sweep.strengths else sweep.strengths)[order]

@@ -204,6 +204,7 @@ class Counting(CallListener):
         self._plans: set[str] = set()
         self._fingerprint: str | None = None
         self.calls = self._countable_calls = self._abandoned = self._captured = 0
+        self._program_ends = False
         self.block: LabelBlock | None = None
         self.running: RunningSequences | None = None
         self._open = False  # a call was begun and has not gone through
@@ -282,7 +283,11 @@ class Counting(CallListener):
         _on_now.discard(self)
 
     def end_with_program(self) -> None:
-        """End the recording before the interpreter shuts down, since counting during shutdown aborts the process."""
+        """End the recording before the interpreter shuts down, since counting during shutdown aborts the process.
+
+        It says nothing of sequences that broke off, as nobody reads the averages any more.
+        """
+        self._program_ends = True
         if self._process == os.getpid():
             self.end(finished=False)
         else:  # in a forked child, the recording and the folder of its sequences belong to the parent
@@ -558,11 +563,12 @@ class Counting(CallListener):
             self._choices.end_sequences(running, values if complete else None)
         if not complete:
             self._abandoned += running.count
-            logger.warning(
-                "%s broke off, and %s left out of the averages; the tokens were counted up to there",
-                number_of(running.count, "sequence"),
-                "is" if running.count == 1 else "are",
-            )
+            if not self._program_ends:
+                logger.warning(
+                    "%s broke off, and %s left out of the averages; the tokens were counted up to there",
+                    number_of(running.count, "sequence"),
+                    "is" if running.count == 1 else "are",
+                )
             return
         averages = self._pool.add(sums, running.segment_group)
         self._fingerprint = add_fingerprints(self._fingerprint, f"{running.fingerprint():x}")

@@ -145,6 +145,7 @@ class Adapter:
     Attributes:
         output_is_complete: whether the decision can be read from the output alone, without the router's arguments. Then
             it may be counted after the call (`patching.deferred`).
+        returns_choice: whether the module that is hooked returns the choice, so that hooks of others may change it.
         changes_choice: the model alters the routing decision after the router (capacity, shared experts), so steered
             choices are counted from the result of `write`.
         may_leave_empty: whether the steering in force can leave a slot empty. Set by the engine.
@@ -153,6 +154,7 @@ class Adapter:
     """
 
     output_is_complete = True
+    returns_choice = True
     changes_choice = False
     may_leave_empty = False
     added = False

@@ -3,7 +3,7 @@
 The router's own forward runs on random hidden states, in evaluation mode, without touching any random state. Its
 decision is then recomputed from its own logits. Ids must be equal wherever scores are not tied: a row may differ only
 if nudging its logits by a few units in the last place changes the choice. Weights must agree to the last bits of the
-precision in which they were computed.
+precision in which they were computed. A router without weights at attach is compared so when the model first runs it.
 
 `undecided` says where `route` may choose other experts than a model does from the same logits.
 """
@@ -23,7 +23,7 @@ from moe_route.modules.watch import NothingScoredError
 from moe_route.routers.adapter import Decision, Output
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo
 from moe_route.routers.family import TESTED, gate_logits, weight_dtype
-from moe_route.routers.recognize import PROBES, random_states, undisturbed
+from moe_route.routers.recognize import PROBES, random_states, undisturbed, unreadable
 
 ULPS = 16  # tolerance, in units in the last place, for another order of summation
 NUDGES = 16
@@ -58,6 +58,25 @@ def check_router(router: RouterInfo) -> str:
     return ""
 
 
+def check_output(router: RouterInfo, args: tuple[object, ...], output: object) -> bool:
+    """Compare what a router returned in a forward of the model with its specification (`check_router` could not run).
+
+    Returns whether it was compared; else only its form was: in training, under autocast, without a token, and while its
+    weights are sharded or on the meta device. Raises `ModelNotSupportedError`.
+    """
+    with torch.no_grad():
+        decision = _read(router, args, output, None)
+        logits = decision.logits
+        alone = unreadable(router.module) is None and not logits.is_meta and len(logits) > 0
+        if not alone or router.module.training or torch.is_autocast_enabled(logits.device.type):
+            return False
+        assert isinstance(output, tuple)
+        start = router.adapter.chosen(args, output, decision)
+        rows = (~start.logits.isnan().any(1)).nonzero().flatten()[:PROBES]  # of padding, they may be NaN
+        _compare(router, "its own logits", Decision(*(part[rows] for part in start)), args)
+    return True
+
+
 def _probed(router: RouterInfo, hidden: Tensor, arguments: tuple[Tensor, ...]) -> tuple[tuple[object, ...], Output]:
     try:
         return router.adapter.probe(hidden, arguments)
@@ -68,8 +87,11 @@ def _probed(router: RouterInfo, hidden: Tensor, arguments: tuple[Tensor, ...]) -
         ) from error
 
 
-def _read(router: RouterInfo, args: tuple[object, ...], output: object) -> Decision:
-    """Read the decision from a router's output; raises `ModelNotSupportedError` where the output has another form."""
+def _read(router: RouterInfo, args: tuple[object, ...], output: object, tokens: int | None = PROBES) -> Decision:
+    """Read the decision on so many tokens (None: any number) from a router's output.
+
+    Raises `ModelNotSupportedError` where the output has another form.
+    """
     kind, fix = type(router.module).__name__, f"Install {TESTED}, or a version whose routers return the same."
     wrong = ModelNotSupportedError(f"{kind} at {router.name!r} does not return what its family says. {fix}")
     if not isinstance(output, tuple):
@@ -82,7 +104,8 @@ def _read(router: RouterInfo, args: tuple[object, ...], output: object) -> Decis
         raise wrong
     logits, weights, ids = decision
     shapes = (tuple(logits.shape), tuple(weights.shape), tuple(ids.shape))
-    expected = ((PROBES, router.num_experts), (PROBES, router.top_k), (PROBES, router.top_k))
+    tokens = logits.shape[0] if tokens is None and logits.dim() else tokens
+    expected = ((tokens, router.num_experts), (tokens, router.top_k), (tokens, router.top_k))
     if shapes != expected or ids.is_floating_point() or not weights.is_floating_point():
         raise ModelNotSupportedError(
             f"{kind} at {router.name!r} returns shapes {shapes} (ids {ids.dtype}), not {expected}. {fix}"
@@ -140,7 +163,7 @@ def _hidden_size(router: RouterInfo, weight: Tensor) -> int:
     return int(weight.shape[1] if linear is None else getattr(linear, "in_features"))  # noqa: B009 (no known attribute)
 
 
-def _compare(router: RouterInfo, source: str, decision: Decision, inputs: tuple[Tensor, ...]) -> None:
+def _compare(router: RouterInfo, source: str, decision: Decision, inputs: tuple[object, ...]) -> None:
     """Raise `ModelNotSupportedError` unless recomputing from the logits gives the router's weights and ids."""
     logits, weights, ids = decision
     family, k = router.family, ids.shape[1]
@@ -164,7 +187,9 @@ def _compare(router: RouterInfo, source: str, decision: Decision, inputs: tuple[
     )
     error = (again - weights.float()).abs() / weights.float().abs().clamp(min=torch.finfo(torch.float32).tiny)
     room = ULPS * unit + torch.finfo(weights.dtype).eps * 2
-    worst = float(error.nan_to_num(0.0, posinf=0.0).max())  # weights that are all NaN leave nothing to compare
+    worst = (
+        float(error.nan_to_num(0.0, posinf=0.0).max()) if error.numel() else 0.0
+    )  # weights that are all NaN leave nothing to compare
     if worst > room:
         raise ModelNotSupportedError(
             f"{kind} does not weigh as its specification says: weights recomputed from {source} are off by {worst:.2g} "

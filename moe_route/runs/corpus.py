@@ -234,7 +234,13 @@ class CorpusRecording:
         stop: Callable[[], bool] = lambda: False,
         report: Callable[[Progress], None] = lambda progress: None,
     ) -> Progress:
-        """`run_with` an attached model."""
+        """`run_with` an attached model.
+
+        Raises also `steering.PlanError` where a plan that steers names a group of which the corpus has no text.
+        """
+        groups = getattr(self.corpus, "languages", None)
+        if routed.plan is not None and groups is not None:
+            routed.plan.check_groups(groups)
         runner = AttachedTexts(language_model, routed, self.batch_size, self.record)
         return self.run_with(runner, stop=stop, report=report)
 

@@ -107,14 +107,16 @@ class LanguageModel:
             model: Any = with_sparse_blocks(made)
         return replace(self, name=f"{self.name}, untrained", model=model.to(self.model.device).eval())
 
-    def attach(self, engine: Literal["hook", "fused"] = "hook") -> RoutedModel:
+    def attach(
+        self, engine: Literal["hook", "fused"] = "hook", *, ties: Literal["index", "model"] = "index"
+    ) -> RoutedModel:
         """Attach to the model, as `moe_route.attach` does.
 
         Raises its errors, and `ValueError` for a model without weights, which could be attached to but does not run.
         """
         if self.model.device.type == "meta" and not hasattr(self.model, "hf_device_map"):
             raise ValueError("the model is on the device meta, which has no weights: use the device cpu")
-        return attach(self.model, engine=engine)
+        return attach(self.model, engine=engine, ties=ties)
 
     def encode(self, texts: Sequence[Text] | EncodedTexts, *, max_length: int | None = None) -> EncodedTexts:
         """Convert texts to tokens, and cut those longer than `max_length` tokens (by default the model's maximum).

@@ -646,16 +646,20 @@ class Plan:
         same = self.model.config_hash is not None and self.model.config_hash == config_hash
         self.model.merged(PlanModel(None if same else name, config_hash, shape, router_hash, weights_hash))
 
-    def check_groups(self, groups: Iterable[str]) -> None:
-        """Raise ``PlanError`` for a rule on groups of which no text is, where ``groups`` are those of all texts."""
+    def check_groups(
+        self, groups: Iterable[str], mend: str = "choose other texts, or name these groups by only()"
+    ) -> None:
+        """Raise ``PlanError`` for a rule that names a group of which no text is, where ``groups`` are those of all.
+
+        Of several groups that a rule names, each has to be there: a misspelt one would count as unsteered in silence.
+        """
         known = list(dict.fromkeys(groups))
         for rule in self.rules:
-            if rule.groups and not set(rule.groups) & set(known):
-                name = rule.groups[0]
-                raise PlanError(
-                    f'the plan steers group "{name}", of which no text is: {meant(name, known)}; choose other texts, '
-                    "or make the plan for these groups"
-                )
+            for name in rule.groups or ():
+                if name not in known:
+                    raise PlanError(
+                        f'the plan steers group "{name}", of which no text is: {meant(name, known)}; {mend}'
+                    )
 
     def compile(self, routers: Sequence[HasExperts], groups: Sequence[str] = ()) -> CompiledPlan:
         """Compile the plan to steering tables, one per layer, and the row of each (phase, group, position).

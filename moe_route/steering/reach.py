@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_route.base.devices import capturing
+from moe_route.base.schema import misspelt
 from moe_route.calls.call import PHASES, Call
 from moe_route.calls.token_table import broadcast_rows, columns, rows_on_device
 from moe_route.steering.rule import Rule
@@ -53,6 +54,7 @@ class Reach:
     def __init__(self, rules: Iterable[Rule], *, group_of: Callable[[str], str] = str) -> None:
         self.calls, self.partial, self._group_of = 0, False, group_of
         self._pending = list(rules)
+        self._named = {name for rule in self._pending for name in rule.groups or ()}
         self._possible: list[Rule] = []  # pending rules that some token of such calls may be reached by
         self._hits: dict[int, tuple[Rule, Tensor]] = {}  # bool [] on a device, whether a rule reached a token
         self._key: tuple[str, bool, GroupLabels | None] | None = None
@@ -77,7 +79,7 @@ class Reach:
     def note(self, call: Call, block: GroupLabels | None) -> None:
         """Look which rules reach a token of a call that is about to run with these labels."""
         self.calls += 1
-        if not self._pending:
+        if not self._pending and self._named <= self._names.keys():
             return
         phases = {call.phase, *(["prefill"] if call.prompt else [])}
         self._length = max(self._length, call.past_length + call.length)
@@ -119,6 +121,7 @@ class Reach:
         alike: dict[object, list[Rule]] = {}
         for rule in self.unreached:
             alike.setdefault((rule.groups, rule.phase, rule.positions), []).append(rule)
+        self._warn_of_misspelt(stacklevel + 1)
         for rule, *others in alike.values():
             seen = [f"phase {' and '.join(name for name in PHASES if name in self._phases)}"]
             if rule.groups is not None:
@@ -132,6 +135,16 @@ class Reach:
             which = f"{number} rules of the plan reached no token, as" if others else "a rule reached no token:"
             warnings.warn(
                 f"{which} {rule}. The calls had {', '.join(seen)}",
+                UnreachedWarning,
+                stacklevel=stacklevel,
+            )
+
+    def _warn_of_misspelt(self, stacklevel: int) -> None:
+        """Warn of a group beside others of a rule that never came, and differs by a letter from one that did."""
+        near = misspelt(sorted(self._named), list(self._names)) if self.calls and not self.partial else None
+        if near is not None and not any(near[0] in (rule.groups or ()) for rule in self._pending):
+            warnings.warn(
+                f'a rule of the plan names group "{near[0]}", of which no token came: did you mean "{near[1]}"?',
                 UnreachedWarning,
                 stacklevel=stacklevel,
             )

@@ -86,6 +86,22 @@ class TestRun:
         cut = [json.loads(line) for line in (whole / "cut.jsonl").read_text().splitlines()]
         assert [entry["item"] for entry in cut] == [encoded.texts[i].item for i in encoded.shortened] != []
 
+    def test_a_plan_for_a_group_that_the_table_lacks(self, moe_route, language_model: LanguageModel, tmp_path: Path):
+        table = tmp_path / "texts.tsv"
+        table.write_text("item\teng_Latn\tdeu_Latn\n1\tA text.\tEin Text.\n", encoding="utf-8")
+        plan = mr.Plan.forbid({0: [1]}).only(groups=["eng_Latn", "deu_Latm"])
+        with language_model.attach() as routed, routed.steer(plan):
+            for corpus in (CorpusStream(str(table)), CorpusStream(str(table), groups=("eng_Latn",))):
+                with pytest.raises(mr.steering.PlanError, match='"deu_Latm"'):
+                    CorpusRecording(tmp_path / "run", corpus).run(language_model, routed)
+        plan.save(tmp_path / "plan.json")
+        arguments = ["record", "--data", str(table), "--plan", str(tmp_path / "plan.json"), "--out", f"{tmp_path}/run/"]
+        for engine in ("hook", "vllm"):
+            code, _, err = moe_route(*arguments, "--engine", engine)
+            assert code
+            assert '"deu_Latm"' in err
+        assert not (tmp_path / "run").exists()
+
     def test_stopped_and_resumed(self, language_model: LanguageModel, corpus: Path, whole: Path, tmp_path: Path):
         folder = tmp_path / "run"
         for _ in range(3):

@@ -585,12 +585,12 @@ def check_steering(model: nn.Module, kind: str) -> None:
     before = capture(model, attachment)
     attachment.detach()
     attachment = Attachment(model, verify=False)
-    after = capture(model, attachment)
     tables = [steering_tables(router.num_experts)[kind] for router in attachment.routers]
     counted = zeros(attachment, metrics=("counts", "natural_counts"))
     attachment.listener.labels_of = lambda call: Labels(steering_row=rows)
     attachment.set_steering(tables)
     attachment.set_statistics(counted)
+    after = capture(model, attachment)
     run(model, input_ids=ids)
     flat = rows.reshape(-1)
     for router, steering, own, new, count in zip(attachment.routers, tables, before, after, counted, strict=True):
@@ -988,3 +988,150 @@ def test_kernels_that_are_demanded_and_absent_are_an_error(monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match=r"MOE_ROUTE_BACKEND=native.*no compiled library.*unset"):
         mr.attach(model)
     assert attachment_of(model) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Hooks that others put on a router after attach.
+
+
+def turned(router: Any, by: int = 1) -> Any:
+    """A hook that moves every chosen id of a router on by some experts."""
+
+    def turn_ids(module: nn.Module, args: Any, output: Any) -> Any:
+        return (*output[:2], (output[2] + by) % router.num_experts)
+
+    return turn_ids
+
+
+def what_experts_get(model: nn.Module, attachment: Attachment) -> list[Tensor]:
+    """Ids that the experts of each layer are given."""
+    given: list[Tensor] = []
+    for router in attachment.routers:
+        router.block.experts.register_forward_pre_hook(lambda _, args: given.append(args[1]))
+    return given
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "dots1"])
+def test_a_hook_put_on_a_router_after_attach_is_counted_and_steered_as_the_model_runs(name: str) -> None:
+    model, ids = tiny_model(name), tokens()
+    attachment = Attachment(model)
+    for router in attachment.routers:
+        router.module.register_forward_hook(turned(router))
+    given = what_experts_get(model, attachment)
+    attachment.set_statistics(tables := zeros(attachment))
+    run(model, input_ids=ids)
+    for router, table, got in zip(attachment.routers, tables, given, strict=True):
+        assert torch.equal(table.metric("counts")[0], torch.bincount(got.reshape(-1), minlength=router.num_experts))
+    given.clear()
+    force = [torch.full((1, router.num_experts), float(Force.FORBID)) for router in attachment.routers]
+    for table in force:
+        table[:, :4] = 0
+    attachment.listener.labels_of = lambda call: Labels(steering_row=0)
+    attachment.set_steering([SteeringTables(1, table.shape[1], force=table) for table in force])
+    run(model, input_ids=ids)
+    assert all(bool((got < 4).all()) for got in given)
+    attachment.detach()
+
+
+@pytest.mark.parametrize("engine", ["hook", "fused"])
+def test_hooks_that_return_nothing_or_the_same_never_matter(engine: str) -> None:
+    model, ids = tiny_model("qwen3_moe"), tokens()
+    plain = run(model, input_ids=ids)
+    attachment = Attachment(model, engine=engine)
+    seen = capture(model, attachment)
+    model.layers[0].mlp.gate.register_forward_hook(lambda module, args, output: tuple(output))
+    attachment.set_statistics(zeros(attachment))
+    model.layers[1].mlp.gate.register_forward_hook(lambda module, args, output: tuple(output))
+    torch.testing.assert_close(run(model, input_ids=ids), plain)
+    assert len(seen) == 3
+    attachment.detach()
+    assert [len(router.module._forward_hooks) for router in attachment.routers] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("changed", ["returned", "in place"])
+@pytest.mark.parametrize("engine", ["hook", "fused"])
+def test_a_hook_that_changes_the_choice_after_it_was_seen_is_refused_by_name(engine: str, changed: str) -> None:
+    def zero_weights(module: nn.Module, args: Any, output: Any) -> None:
+        output[1].zero_()
+
+    model, ids = tiny_model("qwen3_moe"), tokens()
+    attachment = Attachment(model, engine=engine)
+    hook = zero_weights if changed == "in place" else turned(attachment.routers[1])
+    if engine == "fused":
+        model.layers[1].mlp.gate.register_forward_hook(hook)
+    attachment.set_statistics(zeros(attachment))
+    if engine == "hook":
+        run(model, input_ids=ids)
+        model.layers[1].mlp.gate.register_forward_hook(hook)
+    with pytest.raises(RuntimeError, match=rf"layers\.1\.mlp\.gate.*{hook.__qualname__.split('.')[0]}"):
+        run(model, input_ids=ids)
+    attachment.set_statistics(None)
+    run(model, input_ids=ids)  # nothing is seen, and nothing is refused
+    attachment.detach()
+
+
+def test_a_compiled_model_counts_what_a_later_hook_makes_of_the_choice() -> None:
+    torch.compiler.reset()
+    model, ids = tiny_model("qwen3_moe"), tokens()
+    attachment = Attachment(model)
+    compiled = torch.compile(model, backend="eager")
+    run(compiled, input_ids=ids)
+    for router in attachment.routers:
+        router.module.register_forward_hook(turned(router, 3))
+    attachment.set_statistics(tables := zeros(attachment))
+    run(compiled, input_ids=ids)
+    again = zeros(attachment)
+    attachment.set_statistics(again)
+    run(model, input_ids=ids)
+    for table, eager in zip(tables, again, strict=True):
+        assert torch.equal(table.metric("counts"), eager.metric("counts"))
+    attachment.detach()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("engine", ["hook", "fused"])
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_forward_that_was_replaced_after_attach_is_refused_by_name(engine: str, where: str, monkeypatch: Any) -> None:
+    model = tiny_model("qwen3_moe")
+    attachment = Attachment(model, engine=engine)
+    gate, own = model.layers[1].mlp.gate, type(model.layers[1].mlp.gate).forward
+    if where == "instance":
+        gate.forward = lambda hidden: own(gate, -hidden)
+    else:
+        monkeypatch.setattr(type(gate), "forward", lambda module, hidden: own(module, -hidden))
+    with pytest.raises(RuntimeError, match=r"gate.*attach\(model\) again"):
+        attachment.set_statistics(zeros(attachment))
+    attachment.detach()
+    assert attachment_of(model) is None
+
+
+@pytest.mark.parametrize("engine", ["hook", "fused"])
+def test_accelerates_own_wrapper_may_come_after_attach(engine: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = tiny_model("qwen3_moe"), tokens()
+    plain = run(model, input_ids=ids)
+    attachment = Attachment(model, engine=engine)
+    for router in attachment.routers:
+        accelerate.hooks.add_hook_to_module(router.module, accelerate.hooks.AlignDevicesHook(io_same_device=True))
+    attachment.set_statistics(tables := zeros(attachment))
+    torch.testing.assert_close(run(model, input_ids=ids), plain)
+    assert all(table.scalar("tokens").item() == ids.numel() for table in tables)
+    attachment.set_statistics(None)
+
+    class Turned(accelerate.hooks.ModelHook):
+        def post_forward(self, module: nn.Module, output: Any) -> Any:
+            return turned(attachment.routers[0])(module, (), output)
+
+    accelerate.hooks.add_hook_to_module(model.layers[0].mlp.gate, Turned(), append=True)
+    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.gate"):
+        attachment.set_statistics(tables)
+    attachment.detach()
+
+
+def test_a_hook_of_ours_that_was_taken_out_is_refused() -> None:
+    model = tiny_model("qwen3_moe")
+    attachment = Attachment(model)
+    model.layers[2].mlp.gate._forward_hooks.clear()
+    with pytest.raises(RuntimeError, match="taken out"):
+        attachment.set_statistics(zeros(attachment))
+    attachment.detach()

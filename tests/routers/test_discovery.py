@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("transformers")
 
-from harness.tiny_models import tiny_model
+from harness.tiny_models import tiny_model, tokens
 
 from moe_route.calls import Labels
 from moe_route.ops import Force, StatisticsTables, SteeringTables
@@ -91,14 +93,56 @@ def test_changed_router_is_refused_by_the_check() -> None:
     Attachment(model, verify=False).detach()
 
 
-def test_weights_that_cannot_be_read_are_not_checked_and_say_so() -> None:
-    with torch.device("meta"):
-        from transformers import AutoModel, Qwen3MoeConfig
+def loaded_after_attach(name: str, form: type[nn.Module] | None = None, engine: Any = "hook") -> Any:
+    """An attached model whose weights come after, its first router of the class ``form``."""
+    model = tiny_model(name)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    model = model.to("meta")
+    attachment = Attachment(model, engine=engine)
+    if form is not None:
+        attachment._forwards[0] = (form.forward, ())  # as if it had that form at attach, where it could not be run
+        attachment.routers[0].module.__class__ = form
+    model.to_empty(device="cpu")
+    model.load_state_dict(state, assign=True)
+    model.rotary_emb = tiny_model(name).rotary_emb
+    return attachment
 
-        model = AutoModel.from_config(Qwen3MoeConfig(hidden_size=16, num_hidden_layers=1, num_experts=4, head_dim=8))
-    attachment = Attachment(model)
+
+@pytest.mark.parametrize("engine", ["hook", "fused"])
+def test_weights_that_cannot_be_read_are_not_checked_and_say_so(engine: str) -> None:
+    attachment = loaded_after_attach("qwen3_moe", engine=engine)
     assert attachment.routers[0].notes[-1] == "not checked: its weights are on the meta device"
+    assert {router.engine for router in attachment.routers} == {"hook"}
+    attachment.set_statistics([StatisticsTables.zeros(router.num_experts, groups=1) for router in attachment.routers])
+    with torch.no_grad():
+        attachment.model(input_ids=tokens(1, 3))
+    assert not any(note.startswith("not checked") for router in attachment.routers for note in router.notes)
     attachment.detach()
+
+
+def test_weights_that_come_after_attach_are_checked_in_the_first_forward() -> None:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    class Doubled(Qwen3MoeTopKRouter):
+        def forward(self, hidden: torch.Tensor) -> Any:
+            logits, weights, ids = super().forward(hidden)
+            return logits, 2 * weights, ids
+
+    class Fewer(Qwen3MoeTopKRouter):
+        def forward(self, hidden: torch.Tensor) -> Any:
+            return super().forward(hidden)[1:]
+
+    class Bare(Qwen3MoeTopKRouter):
+        def forward(self, hidden: torch.Tensor) -> Any:
+            return super().forward(hidden)[0]
+
+    for form, said in ((Doubled, "does not weigh"), (Fewer, "its family says"), (Bare, "its family says")):
+        attachment = loaded_after_attach("qwen3_moe", form)
+        tables = [StatisticsTables.zeros(router.num_experts, groups=1) for router in attachment.routers]
+        attachment.set_statistics(tables)
+        with torch.no_grad(), pytest.raises(ModelNotSupportedError, match=rf"layers\.0\.mlp\.gate.*{said}"):
+            attachment.model(input_ids=tokens(1, 3))
+        attachment.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------

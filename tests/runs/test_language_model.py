@@ -123,3 +123,8 @@ class TestLanguageModel:
         language_model.model.save_pretrained(tmp_path)
         with pytest.raises(ModelNotFoundError, match="tokenizer"):
             LanguageModel.load(str(tmp_path))
+
+
+def test_who_chooses_among_tied_scores_is_passed_on() -> None:
+    with LanguageModel.load().attach("fused", ties="model") as routed:
+        assert {engine.asks_model for engine in routed.attachment._engines} == {True}  # type: ignore[attr-defined]

@@ -44,6 +44,12 @@ def test_a_random_control_leaves_experts_out() -> None:
         plan.random(0, num_experts=8, exclude={0: range(6)})
 
 
+@pytest.mark.parametrize("experts", [{3: [0]}, {0: [8]}])
+def test_experts_that_the_model_lacks_are_not_protected(experts: dict[int, list[int]]) -> None:
+    with mr.attach(tiny_model("qwen3_moe")) as routed, pytest.raises(PlanError, match=r"layer 3|expert 8"):
+        routed.protect(experts)
+
+
 def test_steering_warns_of_protected_experts() -> None:
     with mr.attach(tiny_model("qwen3_moe")) as routed:
         routed.protect(SUPER)

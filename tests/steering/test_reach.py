@@ -193,9 +193,30 @@ class TestTexts:
         assert recorder.statistics().groups == ("mine",)
 
     def test_several_strengths_at_once_say_it_once(self, language_model: LanguageModel) -> None:
-        plan = mr.Plan.activate({0: [3]}).only(groups="swh_Latn")
+        plan = mr.Plan.activate({0: [3]}).only(positions=[500])
         with pytest.warns(RuntimeWarning) as caught:
             mr.experiments.strength_sweep(language_model, self.texts, plan, [1.0, 2.0], controls=1)
         said = [str(one.message) for one in caught if "reached no token" in str(one.message)]
         assert len(said) == 1
-        assert "deu_Latn, eng_Latn" in said[0]
+        assert "positions 0 to" in said[0]
+
+    def test_a_sweep_refuses_layers_that_the_model_lacks(self, language_model: LanguageModel) -> None:
+        with pytest.raises(mr.steering.PlanError, match="steers layer 20"):
+            mr.experiments.strength_sweep(language_model, self.texts, mr.Plan.forbid({20: [1]}), [1.0], controls=1)
+
+    def test_a_sweep_refuses_a_plan_for_groups_of_no_text(self, language_model: LanguageModel) -> None:
+        plan = mr.Plan.activate({0: [3]}).only(groups=["eng_Latn", "deu_Latm"])
+        with pytest.raises(mr.steering.PlanError, match=r'"deu_Latm".*"deu_Latn"'):
+            mr.experiments.strength_sweep(language_model, self.texts, plan, [1.0, 2.0], controls=1)
+
+
+def test_a_misspelt_group_beside_one_that_came_is_named(model: nn.Module, routed: mr.RoutedModel) -> None:
+    def run() -> None:
+        for group in ("eng", "deu"):
+            with routed.labels(group):
+                model(input_ids=tokens(1, 3))
+
+    assert told(routed, ON.only(groups=["eng", "swh"]), run) == []
+    (said,) = told(routed, ON.only(groups=["eng", "dou"]), run)
+    assert '"dou"' in said
+    assert '"deu"' in said

@@ -111,7 +111,7 @@ class Front:
 
     async def put(self, name: str, body: bytes, client: str) -> str:
         """Steer by a plan from now on, in all cores or in none; returns its hash."""
-        from moe_route.integrations.vllm.plans import plan_of
+        from moe_route.integrations.vllm.plans import UNDECLARED, plan_of
         from moe_route.steering.model import PlanError
 
         if not self.options.admin:
@@ -125,6 +125,7 @@ class Front:
             )
         try:
             plan = await asyncio.to_thread(plan_of, body)
+            plan.check_groups(self.options.groups, UNDECLARED)
         except (FileRefusedError, PlanError) as error:
             raise RequestRefusedError(str(error)) from error
         if self.servers > 1 and any(rule.table for rule in plan.rules):

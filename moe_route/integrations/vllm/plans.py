@@ -90,6 +90,9 @@ class TokenValues:
         return request.starts
 
 
+UNDECLARED = 'the engine knows the groups of its option "groups" alone'
+
+
 class PlanTables:
     """The plans that steer now, by name, in the tables of all sites.
 
@@ -158,6 +161,7 @@ class PlanTables:
             )
         layers = self._stage.layers
         made.check_model(model, config_hash=config_hash, num_experts=[layer.num_experts for layer in layers])
+        made.check_groups(self._options.groups, UNDECLARED)
         return self.fitted(made.compile(layers, self._options.groups))
 
     def fitted(self, compiled: CompiledPlan) -> CompiledPlan:

@@ -73,6 +73,8 @@ def _triple(args: tuple[Tensor, ...], own: tuple[Tensor, Tensor]) -> Output:
 class InForward(Adapter):
     """Reads a block that chooses inside its forward and loops over a list of experts."""
 
+    returns_choice = False
+
     @staticmethod
     def fits(module: nn.Module) -> bool:
         """Whether the experts are a list."""

@@ -92,6 +92,14 @@ def test_what_is_no_plan_is_refused_without_a_path(body: bytes) -> None:
     assert "/" not in str(refused.value)
 
 
+def test_a_group_that_the_engine_does_not_declare_is_refused_before_any_core(tmp_path: Path) -> None:
+    client = Client(("done", "hash"))
+    with pytest.raises(RequestRefusedError, match=r'"al".*"all"') as refused:
+        put(client, content(PLAN.only(groups=["all", "al"]), tmp_path))
+    assert refused.value.status == 400
+    assert not client.calls
+
+
 def test_values_by_item_want_one_api_server(tmp_path: Path) -> None:
     plan = mr.Plan.replace_scores(np.ones((2, 3, 1, 4), np.float32), layers=[0], items=["x", "y"])
     with pytest.raises(RequestRefusedError, match="--api-server-count 1"):

@@ -79,6 +79,15 @@ def test_rules_that_call_python_in_every_layer_are_refused(plan: mr.Plan, kind: 
         Tables().plans.compiled(str(tmp_path / "plan.json"), "a model", "")
 
 
+def test_groups_that_the_engine_does_not_declare_are_refused(tmp_path: Path) -> None:
+    plan = mr.Plan.forbid({0: [1]})
+    plan.only(groups=["steared"]).save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match=r'"steared".*"steered".*"groups"'):
+        Tables().plans.compiled(str(tmp_path / "plan.json"), "a model", "")
+    plan.only(groups=["steered"]).save(tmp_path / "plan.json")
+    Tables().plans.compiled(str(tmp_path / "plan.json"), "a model", "")
+
+
 def test_rules_that_do_not_fit_the_router_are_refused() -> None:
     made = Tables()
     made.sites[1].spec = RouterSpec(score="sparsemixer")
