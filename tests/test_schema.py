@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -36,16 +37,20 @@ SCHEMAS = Path(mr.__file__).parent / "data" / "schemas"
 _MODEL = {"name": "a", "config_hash": "b", "num_experts": [4, 4], "router_hash": "c", "weights_hash": "d"}
 _WHERE = {"layers": [0], "groups": ["de"], "phase": "decode", "positions": [[0, 4], [9, None]]}
 _EXPERTS = {"kind": "", "experts": {"0": [1]}, "absent": True, "draw": 3, **_WHERE}
-_SOFT = {**_EXPERTS, "strength": 0.5}
+_SOFT = {**_EXPERTS, "strength": 0.5, "by_position": [1.0, 0.5]}
 _TABLE = {"lengths": [1], "layers": [0], "keys": [["one", "de"]], "constant": True, "field": "ids"}
-_TABLES = {"i": {**_TABLE, "ids": [[[1]]]}, "s": {**_TABLE, "field": "scores", "scores": [[[0.5, 0.5]]]}}
+_TABLES = {
+    "i": {**_TABLE, "ids": [[[1]]]},
+    "s": {**_TABLE, "field": "scores", "scores": [[[0.5, 0.5]]]},
+    "d": {"experts": [[0, 1]], "directions": [[0.5, 0.5]], "field": "directions"},
+}
 _RULES = [
     {**_SOFT, "kind": "activate", "mode": "sample"},
     {**_SOFT, "kind": "bias", "mode": "score"},
     {**_SOFT, "kind": "magnitude"},
     {**_SOFT, "kind": "scale_logits"},
     {**_SOFT, "kind": "scale_weights", "mode": "after"},
-    {"kind": "temperature", "value": 2.0, "strength": 1.5, **_WHERE},
+    {"kind": "temperature", "value": 2.0, "strength": 1.5, "by_position": [1.0, 0.5], **_WHERE},
     {**_EXPERTS, "kind": "force_on", "mode": "steermoe"},
     {**_EXPERTS, "kind": "force_off", "mode": "natural"},
     {**_EXPERTS, "kind": "forbid"},
@@ -58,6 +63,7 @@ _RULES = [
     {"kind": "replay", "table": "i", "draw": 1, **_WHERE},
     {"kind": "gumbel", "value": 1.0, "draw": 1, **_WHERE},
     {"kind": "apply", "function": "package.module:f", "source": "0", **_WHERE},
+    {"kind": "add_output", "table": "d", "mode": "full", "strength": 0.5, "by_position": [1.0, 0.5], **_WHERE},
 ]
 _SOURCE = {"split": "dev", "fields": ["question"], "subset": "seen", "languages": None, "skip": 0, "limit": 2}
 _TASK = {"path": "", "kind": None, "subset": "seen", "category": None, "languages": None, "skip": 0, "limit": 1}
@@ -315,10 +321,13 @@ def places(hint: Any, content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[
     elif typing.get_origin(hint) is tuple and isinstance(content, list):
         for number, item in enumerate(content):
             yield from places(inner[0 if inner[-1] is Ellipsis else number], item, (*at, number))
-    elif isinstance(content, Mapping):
-        for one in [inner[1]] if typing.get_origin(hint) not in (typing.Union, None) and len(inner) == 2 else inner:
-            for key, item in content.items() if not is_dataclass(one) or one in inner[1:] else ():
-                yield from places(one, item, (*at, key))
+    elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+        formed = [one for one in inner if schema._has_form(one, content)]
+        formed.sort(key=lambda one: len(schema._hints(one).keys() & content.keys()) if is_dataclass(one) else 0)
+        yield from places(formed[-1], content, at) if formed else ()
+    elif isinstance(content, Mapping) and len(inner) == 2:
+        for key, item in content.items():
+            yield from places(inner[1], item, (*at, key))
 
 
 def renamed(content: Any, at: tuple[Any, ...], key: str, other: str) -> Any:
