@@ -573,7 +573,8 @@ class _ActivePlan:
         self._index = {group: index for index, group in enumerate(compiled.groups)}
         self._rows = self.compiled.rows.tolist()
         self._block: LabelBlock | None = None
-        self._cache: dict[tuple[int, int, torch.device], int | Tensor] = {}
+        self._cache: dict[tuple[Phase | None, torch.device], int | Tensor] = {}
+        self._classes: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._starts: dict[tuple[int, torch.device], Tensor] = {}
 
     def rows(self, call: Call, block: LabelBlock | None) -> int | Tensor:
@@ -584,29 +585,32 @@ class _ActivePlan:
 
     def _rows_in(self, phase_name: Phase, call: Call, block: LabelBlock | None) -> int | Tensor:
         self._follow(block)
-        phase, bounds = PHASES.index(phase_name), self.compiled.bounds
-        found = self._rows_at(0, phase, call, block)
-        if not bounds:
-            return found
-        position, found = call.positions(), broadcast_rows(found, call, "steering_row")
-        for at, bound in enumerate(bounds, 1):
-            after = broadcast_rows(self._rows_at(at, phase, call, block), call, "steering_row")
-            found = torch.where(position >= bound, after, found)
-        assert isinstance(found, Tensor)
-        return found.expand(call.batch, call.length)
+        if not self.compiled.bounds:
+            return self._of_groups(call, block, phase_name)
+        if call.device not in self._classes:
+            bounds = torch.tensor(self.compiled.bounds)
+            self._classes[call.device] = upload(self.compiled.rows, call.device), upload(bounds, call.device)
+        rows, bounds = self._classes[call.device]
+        column = broadcast_rows(self._of_groups(call, block, None), call, "steering_row")
+        place = torch.bucketize(call.positions(), bounds, right=True)
+        return rows[PHASES.index(phase_name)][column, place].expand(call.batch, call.length)
 
     def _follow(self, block: LabelBlock | None) -> None:
         """Drop the tensors kept for another label block."""
         if block is not self._block:
             self._block, self._cache, self._starts = block, {}, {}
 
-    def _rows_at(self, at: int, phase: int, call: Call, block: LabelBlock | None) -> int | Tensor:
-        """Rows by the group of the token, for the class ``at`` of positions."""
+    def _of_groups(self, call: Call, block: LabelBlock | None, phase: Phase | None) -> int | Tensor:
+        """By the group of the token: its row in a phase, at positions of the first class, or its column of `rows`."""
+
+        def value(column: int) -> int:
+            return column if phase is None else self._rows[PHASES.index(phase)][column][0]
+
         if block is None:
-            return self._rows[phase][0][at]
-        key = (phase, at, call.device)
+            return value(0)
+        key = (phase, call.device)
         if key not in self._cache:
-            of_name = [self._rows[phase][self._index.get(name, -1) + 1][at] for name in block.names]
+            of_name = [value(self._index.get(name, -1) + 1) for name in block.names]
             self._cache[key] = rows_on_device(block.values(of_name), call.device)
         return columns(self._cache[key], call)
 

@@ -37,7 +37,7 @@ SCHEMAS = Path(mr.__file__).parent / "data" / "schemas"
 _MODEL = {"name": "a", "config_hash": "b", "num_experts": [4, 4], "router_hash": "c", "weights_hash": "d"}
 _WHERE = {"layers": [0], "groups": ["de"], "phase": "decode", "positions": [[0, 4], [9, None]]}
 _EXPERTS = {"kind": "", "experts": {"0": [1]}, "absent": True, "draw": 3, **_WHERE}
-_SOFT = {**_EXPERTS, "strength": 0.5}
+_SOFT = {**_EXPERTS, "strength": 0.5, "by_position": [1.0, 0.5]}
 _TABLE = {"lengths": [1], "layers": [0], "keys": [["one", "de"]], "constant": True, "field": "ids"}
 _TABLES = {
     "i": {**_TABLE, "ids": [[[1]]]},
@@ -50,7 +50,7 @@ _RULES = [
     {**_SOFT, "kind": "magnitude"},
     {**_SOFT, "kind": "scale_logits"},
     {**_SOFT, "kind": "scale_weights", "mode": "after"},
-    {"kind": "temperature", "value": 2.0, "strength": 1.5, **_WHERE},
+    {"kind": "temperature", "value": 2.0, "strength": 1.5, "by_position": [1.0, 0.5], **_WHERE},
     {**_EXPERTS, "kind": "force_on", "mode": "steermoe"},
     {**_EXPERTS, "kind": "force_off", "mode": "natural"},
     {**_EXPERTS, "kind": "forbid"},
@@ -62,8 +62,8 @@ _RULES = [
     {"kind": "fix_choice", "experts": {"0": {"1": 0}}, "draw": 1, **_WHERE},
     {"kind": "replay", "table": "i", "draw": 1, **_WHERE},
     {"kind": "gumbel", "value": 1.0, "draw": 1, **_WHERE},
-    {"kind": "add_output", "table": "d", "mode": "full", "strength": 0.5, **_WHERE},
     {"kind": "apply", "function": "package.module:f", "source": "0", **_WHERE},
+    {"kind": "add_output", "table": "d", "mode": "full", "strength": 0.5, "by_position": [1.0, 0.5], **_WHERE},
 ]
 _SOURCE = {"split": "dev", "fields": ["question"], "subset": "seen", "languages": None, "skip": 0, "limit": 2}
 _TASK = {"path": "", "kind": None, "subset": "seen", "category": None, "languages": None, "skip": 0, "limit": 1}
@@ -322,12 +322,10 @@ def places(hint: Any, content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[
         for number, item in enumerate(content):
             yield from places(inner[0 if inner[-1] is Ellipsis else number], item, (*at, number))
     elif typing.get_origin(hint) in (typing.Union, types.UnionType):
-        tables = [one for one in inner if is_dataclass(one)] if isinstance(content, Mapping) else []
-        # of several tables, that whose keys these are
-        meant = [max(tables, key=lambda one: len(schema._hints(one).keys() & content.keys()))] if tables else inner
-        for one in meant:
-            yield from places(one, content, at)
-    elif typing.get_origin(hint) is not None and isinstance(content, Mapping):
+        formed = [one for one in inner if schema._has_form(one, content)]
+        formed.sort(key=lambda one: len(schema._hints(one).keys() & content.keys()) if is_dataclass(one) else 0)
+        yield from places(formed[-1], content, at) if formed else ()
+    elif isinstance(content, Mapping) and len(inner) == 2:
         for key, item in content.items():
             yield from places(inner[1], item, (*at, key))
 

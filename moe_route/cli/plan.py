@@ -31,6 +31,7 @@ from moe_route.cli.options import (
     layers,
     meant,
     model_arguments,
+    numbers,
     out_argument,
     positive,
     refuse,
@@ -111,6 +112,7 @@ def _add_make(below: Any) -> None:
         run_make,
         "write a plan of one kind, or of a published setting; alone, list both",
         "moe-route plan make activate 5:3,17 8:1 --strength 0.5 --out plan.json\n"
+        "moe-route plan make activate 5:3 --strength 1,0.5,0.25 --out decay.json\n"
         "moe-route plan make forbid dropped.json --groups swh_Latn --out plan.json\n"
         "moe-route plan make temperature --value 2 --layers 4-7 --out plan.json\n"
         "moe-route plan make paper/qwen3-30b-a3b/mgsm --task math.safetensors \\\n"
@@ -118,13 +120,14 @@ def _add_make(below: Any) -> None:
     )
     parser.add_argument("kind", nargs="?", metavar="KIND|RECIPE", help=f"{', '.join(KINDS)}, or a recipe")
     parser.add_argument("experts", nargs="*", metavar="EXPERTS", help=_EXPERTS)
-    add(
-        parser,
-        "strength",
-        "layers",
-        strength="size of the change (default: 0.5; bias 1; scale-logits and scale-weights have none)",
-        layers="temperature, top-k: MoE layers, counted from 0 (default: all)",
+    parser.add_argument(
+        "--strength",
+        type=numbers,
+        metavar="X[,Y..]",
+        help="size of the change (default: 0.5; bias 1; scale-logits and scale-weights have none); several: at "
+        "positions 0, 1, ..., and none after them",
     )
+    add(parser, "layers", layers="temperature, top-k: MoE layers, counted from 0 (default: all)")
     parser.add_argument(
         "--weight", choices=("paper", "steermoe", "natural"), help="force-on, force-off: how they are weighed"
     )
@@ -164,12 +167,12 @@ def _make_kind(options: argparse.Namespace) -> Answer:
     if "experts" in takes:
         if not options.experts:
             raise ValueError(f"{options.kind} needs experts: {_EXPERTS}")
-        given = {} if options.weight is None else {"weight": options.weight}
+        given: dict[str, Any] = {} if options.weight is None else {"weight": options.weight}
         if "strength" in takes:
             strength = _STRENGTHS.get(options.kind) if options.strength is None else options.strength
             if strength is None:
                 raise ValueError(f"{options.kind} needs --strength X, the factor")
-            given["strength"] = strength
+            given["strength"] = strength if isinstance(strength, float) or len(strength) > 1 else strength[0]
         plan = method(experts_of(options.experts), **given)
     else:
         if options.experts:

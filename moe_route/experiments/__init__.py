@@ -10,7 +10,7 @@ from moe_route.experiments.neighbors import NeighborScores, neighbor_scores
 from moe_route.experiments.positive_control import PositiveControl, positive_control
 from moe_route.experiments.pruning import CannotExportError, PruningCurve, export_pruned, pruning_curve
 from moe_route.experiments.regret import Regret, regret
-from moe_route.experiments.routing import learn_routing, router_weights
+from moe_route.experiments.routing import LearnedDirections, learn_directions, learn_routing, router_weights
 from moe_route.experiments.strength_sweep import StrengthSweep, strength_sweep
 from moe_route.experiments.transplant import Transplant, record_trace, transplant
 
@@ -18,6 +18,7 @@ __all__ = [
     "CannotExportError",
     "ExpertPatching",
     "Knockout",
+    "LearnedDirections",
     "NeighborScores",
     "PositiveControl",
     "PromptPair",
@@ -27,6 +28,7 @@ __all__ = [
     "Transplant",
     "export_pruned",
     "knockout",
+    "learn_directions",
     "learn_routing",
     "neighbor_scores",
     "patch_experts",

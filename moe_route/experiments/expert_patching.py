@@ -18,7 +18,7 @@ from moe_route.analysis.result import Result, by_depth, plain
 from moe_route.analysis.stats import RESAMPLES
 from moe_route.base.table import Table, interval
 from moe_route.data.batches import Text
-from moe_route.experts.outputs import NoExpertOutputsError, expert_outputs, experts_of
+from moe_route.experts.outputs import NoExpertOutputsError, expert_outputs, one_module_of
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo, find_routers
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.lines import KeptRuns
@@ -321,12 +321,9 @@ def _hooks(hooks: Iterable[tuple[nn.Module, Any]], **options: Any) -> Iterator[N
 def _experts_of(router: RouterInfo) -> nn.Module:
     """The module that runs the experts of a router on (hidden, ids, weights)."""
     try:
-        experts = experts_of(router)
+        return one_module_of(router)
     except NoExpertOutputsError as error:
         raise _unsupported(router.block, str(error)) from None
-    if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
-        raise _unsupported(experts, "each of them is a module of its own")
-    return experts
 
 
 def _unsupported(module: nn.Module, why: str) -> ModelNotSupportedError:

@@ -112,6 +112,17 @@ def experts_of(router: RouterInfo) -> nn.Module:
     return experts
 
 
+def one_module_of(router: RouterInfo) -> nn.Module:
+    """The one module that holds a router's experts, ``experts(hidden, ids, weights)``.
+
+    Raises `NoExpertOutputsError` if each of them is a module of its own, or their outputs cannot be seen.
+    """
+    experts = experts_of(router)
+    if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
+        raise _refusal(router, experts, "each of them is a module of its own")
+    return experts
+
+
 def _arguments(experts: nn.Module) -> tuple[str, ...]:
     """Names of the first three arguments of the forward."""
     return tuple(inspect.signature(inspect.unwrap(type(experts).forward)).parameters)[1:4]
@@ -147,9 +158,7 @@ def add_to_outputs(router: RouterInfo, adder: Adder) -> Sequence[Change]:
     ids and weights, or one that holds a part of the experts (expert parallelism).
     """
     try:
-        experts = experts_of(router)
-        if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
-            raise _refusal(router, experts, "each of them is a module of its own")
+        experts = one_module_of(router)
         held = {len(p) for p in experts.parameters(recurse=False) if p.dim() == 3}
         a_part = len(held) == 1 and max(held) < router.num_experts and router.num_experts % max(held) == 0
         if a_part or getattr(experts, "_is_expert_parallel", False):

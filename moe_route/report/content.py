@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from moe_route import __version__, analysis, plots
-from moe_route.analysis import Divergence
+from moe_route.analysis import AnalysisError, Divergence
 from moe_route.analysis.inputs import read_scores
 from moe_route.analysis.result import plain
 from moe_route.base import files, schema
@@ -33,6 +34,7 @@ _LEVEL = 0.95
 _MIN_GROUPS = 4  # fewer scores give a correlation of no meaning
 _DEFAULT_REFERENCE = "eng_Latn"
 _TRACE_BYTES = 1_200_000  # of all traces together
+_CONTEXTS = 12_000  # contexts on the cards of experts, at most 5 of each
 _LOADERS: dict[str, tuple[str, Any]] = {
     "statistics": ("recordings", RoutingStatistics.load),
     "trace": ("traces", Trace.load),
@@ -294,6 +296,7 @@ def content_of(
     with _warnings() as warned:
         recordings = {name: _recording(one, reference, inputs.scores) for name, one in inputs.recordings.items()}
         traces = _traces(inputs, pieces)
+        cards = _cards(inputs, pieces)
     return {
         "title": title or f"Expert routing of {_model_name(inputs)}",
         "lead": lead,
@@ -305,6 +308,7 @@ def content_of(
         "results": [table.to_dict() for table in inputs.results],
         "figures": [plain(asdict(figure)) for figure in inputs.figures],
         "traces": traces,
+        "cards": cards,
         "hasTexts": tokenizer is not None,
         "warnings": list(dict.fromkeys(warned)),
     }
@@ -371,6 +375,32 @@ def _traces(inputs: Inputs, pieces: Pieces) -> list[dict[str, Any]]:
         for name, trace in inputs.traces.items()
         if len(trace)
     ]
+
+
+def _cards(inputs: Inputs, pieces: Pieces) -> dict[str, Any] | None:
+    """The contexts that choose each expert most surely, of the first trace that can tell; None without one."""
+    for name, trace in inputs.traces.items():
+        try:
+            found = analysis.predict(trace, features=("token", "previous and token"))
+        except AnalysisError as error:
+            logger.warning("the trace %s gives no cards of experts: %s", name, error)
+            continue
+        most = max(1, _CONTEXTS // max(len(found.contexts), 1))
+        text = cache(lambda token: "" if token < 0 else pieces([token])[0][0])
+        cards = [
+            {
+                "layer": layer,
+                "expert": expert,
+                "recall": rounded(found.recall[:, found.layers.index(layer), expert], 3),
+                "contexts": [
+                    [text(previous), text(token), rounded(np.array([share]), 3)[0], tokens]
+                    for previous, token, share, tokens in contexts[:most]
+                ],
+            }
+            for (layer, expert), contexts in found.contexts.items()
+        ]
+        return {"trace": name, "layers": list(found.layers), "tokens": list(found.tokens), "cards": cards}
+    return None
 
 
 def _styles(inputs: Inputs) -> dict[str, dict[str, Any]]:

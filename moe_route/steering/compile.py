@@ -69,7 +69,7 @@ class CompiledPlan:
 def compile_rules(
     rules: Sequence[Rule], routers: Sequence[HasExperts], groups: tuple[str, ...], plan_hash: str
 ) -> CompiledPlan:
-    """Compile rules to tables; see ``Plan.compile``."""
+    """Compile rules without numbers by position (`Rule.parts`) to tables; see ``Plan.compile``."""
     if len(set(groups)) != len(groups):
         raise PlanError(f"group names repeat: {', '.join(groups)}")
     bounds = _bounds(rules)

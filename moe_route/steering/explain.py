@@ -16,6 +16,8 @@ from moe_route.steering.rule import GAINS, LOSES, Rule, Seen
 
 SATURATED = 0.02  # an expert is saturated if it is chosen by fewer, or by more than all but these, of the tokens
 _SHOWN, _SHOWN_CHANGES = 40, 60  # rows that are printed
+_CERTAINTIES = ("none", "exact", "estimate", "at most")  # each says less than the one before
+_UNPLACED = "statistics do not say which tokens are at the rule's positions: all are counted"
 
 
 class Counted(Protocol):
@@ -218,13 +220,36 @@ def _effects(number: int, rule: Rule, source: _Sums | _Tokens, names: Sequence[s
 
 
 def _effect(number: int, rule: Rule, group: str, layer: int, source: _Sums | _Tokens) -> RuleEffect:
+    if not rule.by_position:
+        return _effect_of(number, rule, group, layer, source)
+    parts = [_effect_of(number, part, group, layer, source) for part in rule.parts]
+    if not source.sees_tokens:  # each part counts all tokens
+        most = max(parts, key=lambda part: part.moved)
+        return (
+            most if most.certainty == "none" else replace(most, moved_tokens=None, certainty="at most", note=_UNPLACED)
+        )
+    seen = [part for part in parts if part.tokens] or parts[:1]
+    tokens = sum(part.tokens for part in seen)
+    moved = [part.moved_tokens for part in seen]
+    return replace(
+        seen[0],
+        tokens=tokens,
+        frequency=sum(part.frequency * part.tokens for part in seen) / tokens if tokens else float("nan"),
+        moved=sum(part.moved for part in seen),
+        moved_tokens=None if None in moved else sum(count for count in moved if count is not None),
+        certainty=max((part.certainty for part in seen), key=_CERTAINTIES.index),
+        saturated=tuple(e for e in seen[0].saturated if all(e in part.saturated for part in seen)),
+    )
+
+
+def _effect_of(number: int, rule: Rule, group: str, layer: int, source: _Sums | _Tokens) -> RuleEffect:
     tokens, counts = source.counts(rule, group, layer)
     pairs = rule.in_layer(layer)
     experts = tuple(expert for expert, _ in pairs) or tuple(range(len(counts)))
     chosen = counts[list(experts)]
     moved, certainty, side, note, others = rule.forecast(Seen(tokens, counts, source.top_k(layer), pairs))
     if certainty == "exact" and rule.positions is not None and not source.sees_tokens:
-        certainty, note = "at most", "statistics do not say which tokens are at the rule's positions: all are counted"
+        certainty, note = "at most", _UNPLACED
     if not moved.any() and certainty != "at most":
         certainty = "none" if certainty == "exact" else certainty
     share = chosen / tokens if tokens else np.full(len(experts), np.nan)
@@ -412,7 +437,7 @@ def compare(before: Sequence[Rule], after: Sequence[Rule], models: tuple[PlanMod
 def _values(rules: Sequence[Rule]) -> dict[_Place, float | str]:
     """The combined value of all rules, by place: strengths add, factors multiply."""
     values: dict[_Place, float | str] = {}
-    for rule in rules:
+    for rule in (part for whole in rules for part in whole.parts):
         mode, where = rule.mode if len(rule.modes) > 1 else "", rule.shown[2]
         for layer, expert, value in rule.entries():
             place = (rule.kind, mode, where, layer, expert)

@@ -64,6 +64,7 @@ class Additive(PlaneRule):
 class Power(Rule):
     """Multiplies, or divides, by coefficient ** strength."""
 
+    multiplies = True
     neutral: ClassVar[float] = 1.0
 
     def effective(self, coefficient: float) -> float:
@@ -177,7 +178,7 @@ class Activate(Additive):
 
     @property
     def title(self) -> str:
-        return "deactivate" if self.strength < 0 else "activate"
+        return "deactivate" if max(self.by_position or (self.strength,)) < 0 else "activate"
 
     def _how(self) -> str:
         return super()._how() + (" (sample std)" if self.modes[self.mode].value else "")
@@ -513,7 +514,9 @@ class AddOutput(Rule):
         return f"{super()._what()} for {self.table}"
 
     def _how(self) -> str:
-        return self.shows.format(x=f"{self.strength:g}", mode=self.mode)
+        of = self.by_position or (self.strength,)
+        ends = dict.fromkeys((min(of), max(of)))
+        return self.shows.format(x=" to ".join(f"{end:g}" for end in ends), mode=self.mode)
 
     def forecast(self, seen: Seen) -> Forecast:
         return Forecast(np.zeros(1), "exact")

@@ -23,7 +23,16 @@ from moe_route.steering.compile import CompiledPlan, HasExperts, compile_rules
 from moe_route.steering.explain import PlanDifference, PlanExplanation, compare, explain
 from moe_route.steering.functions import Function, RoutingFunction
 from moe_route.steering.model import PlanError, PlanFileError, PlanModel
-from moe_route.steering.rule import Experts, Rule, RuleContent, as_groups, as_phase, as_positions, rule_of
+from moe_route.steering.rule import (
+    Experts,
+    Rule,
+    RuleContent,
+    Strength,
+    as_groups,
+    as_phase,
+    as_positions,
+    rule_of,
+)
 from moe_route.steering.selection import ExpertSelection, random_permutation
 from moe_route.steering.tables import (
     DirectionContent,
@@ -73,7 +82,11 @@ class Plan:
     Experts are a mapping from layer (index among the MoE layers) to expert ids, such as an ``ExpertSelection``, or to
     {expert: coefficient}. They may also be ids alone, used in each of ``layers``. ``layers`` restricts a rule to some
     layers. The layer numbers of a publication may count from 1 and include both ends;
-    ``moe_route.layers(8, 35, base=1)`` converts them. ``strength`` is the size of the change in all methods.
+    ``moe_route.layers(8, 35, base=1)`` converts them.
+
+    ``strength`` is the size of the change in all methods: a number, or numbers by position of the sequence, from 0
+    (padding not counted), past the last of which the rule does nothing. Several numbers are one rule, which does what
+    one rule per position does, to the bit.
 
     If rules meet on one expert, strengths add, factors multiply, off wins over on, and forbid wins over everything.
 
@@ -120,7 +133,7 @@ class Plan:
         experts: Experts,
         layers: Iterable[int] | int | None = None,
         *,
-        strength: float = 0.5,
+        strength: Strength = 0.5,
         correction: int = 0,
     ) -> Plan:
         """Soft activation: ``z_e += strength * std(z)``, std over the token's allowed logits [arXiv 2510.04694, eq. 4].
@@ -138,11 +151,11 @@ class Plan:
         experts: Experts,
         layers: Iterable[int] | int | None = None,
         *,
-        strength: float = 0.5,
+        strength: Strength = 0.5,
         correction: int = 0,
     ) -> Plan:
         """Soft deactivation: ``z_e -= strength * std(z)``, the opposite of ``activate``."""
-        return cls.activate(experts, layers, strength=-strength, correction=correction)
+        return cls.activate(experts, layers, strength=strength, correction=correction) * -1
 
     @classmethod
     def force_on(
@@ -184,7 +197,7 @@ class Plan:
         experts: Experts,
         layers: Iterable[int] | int | None = None,
         *,
-        strength: float = 1.0,
+        strength: Strength = 1.0,
         on: str = "logit",
     ) -> Plan:
         """Add ``strength`` times the expert's coefficient (1 by default).
@@ -195,13 +208,15 @@ class Plan:
         return cls._of(kinds.Bias, experts, layers, strength=strength, mode=on)
 
     @classmethod
-    def magnitude(cls, experts: Experts, layers: Iterable[int] | int | None = None, *, strength: float = 0.5) -> Plan:
+    def magnitude(
+        cls, experts: Experts, layers: Iterable[int] | int | None = None, *, strength: Strength = 0.5
+    ) -> Plan:
         """``z_e += strength * c_e * |z_e|``, with the expert's coefficient c_e (1 by default) [arXiv 2601.14050]."""
         return cls._of(kinds.Magnitude, experts, layers, strength=strength)
 
     @classmethod
     def scale_logits(
-        cls, experts: Experts, layers: Iterable[int] | int | None = None, *, strength: float = 1.0
+        cls, experts: Experts, layers: Iterable[int] | int | None = None, *, strength: Strength = 1.0
     ) -> Plan:
         """``z_e *= strength``, times the expert's coefficient. ``plan * x`` gives ``strength ** x``."""
         return cls._of(kinds.ScaleLogits, experts, layers, factor=strength)
@@ -212,14 +227,14 @@ class Plan:
         experts: Experts,
         layers: Iterable[int] | int | None = None,
         *,
-        strength: float = 1.0,
+        strength: Strength = 1.0,
         when: str = "before",
     ) -> Plan:
         """``w_e *= strength`` after selection, "before" or "after" renormalization. ``plan * x``: ``strength ** x``."""
         return cls._of(kinds.ScaleWeights, experts, layers, factor=strength, mode=when)
 
     @classmethod
-    def temperature(cls, strength: float, /, layers: Iterable[int] | int | None = None) -> Plan:
+    def temperature(cls, strength: Strength, /, layers: Iterable[int] | int | None = None) -> Plan:
         """``z /= strength`` for all experts of the layers (default: all layers). ``plan * x``: ``strength ** x``."""
         return cls._of(kinds.Temperature, None, layers, value=strength)
 
@@ -379,7 +394,7 @@ class Plan:
         layers: Iterable[int] | int | None = None,
         *,
         weight: Literal["model", "full"] = "model",
-        strength: float = 1.0,
+        strength: Strength = 1.0,
     ) -> Plan:
         """Add ``strength * weight * v`` to the output of a layer, for a vector v of an expert e [arXiv 2606.04160].
 
@@ -669,7 +684,8 @@ class Plan:
         exist, and for rules that contradict each other.
         """
         self.check_model(num_experts=[router.num_experts for router in routers])
-        return compile_rules(self.rules, routers, tuple(groups), self.hash)
+        parts = [part for rule in self.rules for part in rule.parts]
+        return compile_rules(parts, routers, tuple(groups), self.hash)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content, from which ``from_dict`` makes an equal plan.

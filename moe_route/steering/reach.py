@@ -97,7 +97,7 @@ class Reach:
         captured = capturing(call.device)
         for rule in list(self._possible):
             per_token = block is not None and block.codes.ndim == 2 and rule.groups is not None
-            if captured or (rule.positions is None and not per_token):
+            if captured or (rule.spans is None and not per_token):
                 self._reached(rule)
             elif not _too_far(rule, call):
                 hit = _reaches(rule, call, block, self._here)
@@ -120,7 +120,7 @@ class Reach:
         """
         alike: dict[object, list[Rule]] = {}
         for rule in self.unreached:
-            alike.setdefault((rule.groups, rule.phase, rule.positions), []).append(rule)
+            alike.setdefault((rule.groups, rule.phase, rule.spans), []).append(rule)
         self._warn_of_misspelt(stacklevel + 1)
         for rule, *others in alike.values():
             seen = [f"phase {' and '.join(name for name in PHASES if name in self._phases)}"]
@@ -129,7 +129,7 @@ class Reach:
                 more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
                 shown = f"groups {', '.join(names[:_SHOWN])}{more}"
                 seen.insert(0, shown if names else "no labels (routed.labels names groups)")
-            if rule.positions is not None:
+            if rule.spans is not None:
                 seen += [f"positions 0 to at most {self._length - 1}"] if self._length else []
             number = 1 + len(others)
             which = f"{number} rules of the plan reached no token, as" if others else "a rule reached no token:"
@@ -170,17 +170,17 @@ def _possible(rule: Rule, phases: set[str], groups: Sequence[str]) -> bool:
 
 def _too_far(rule: Rule, call: Call) -> bool:
     """Whether the positions of a rule all lie behind the tokens of a call, as far as the host knows."""
-    if rule.positions is None or call.counter is not None or call.position_ids is not None:
+    if rule.spans is None or call.counter is not None or call.position_ids is not None:
         return False
-    return rule.positions[0][0] >= call.past_length + call.length
+    return rule.spans[0][0] >= call.past_length + call.length
 
 
 def _reaches(rule: Rule, call: Call, block: GroupLabels | None, groups: Sequence[str]) -> Tensor:
     """bool []: whether a token of the call, labeled with these groups, meets the conditions of a rule."""
     hit = torch.ones((1, call.length), dtype=torch.bool, device=call.device)
-    if rule.positions is not None:
+    if rule.spans is not None:
         position = call.positions()
-        spans = [(position >= start) & (True if stop is None else position < stop) for start, stop in rule.positions]
+        spans = [(position >= start) & (True if stop is None else position < stop) for start, stop in rule.spans]
         hit = torch.stack([span.expand(position.shape) for span in spans]).any(0)
     if rule.groups is not None and block is not None:
         member = rows_on_device(block.values([int(name in rule.groups) for name in groups]), call.device)

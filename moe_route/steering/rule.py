@@ -24,6 +24,7 @@ from moe_route.steering.model import PlanError
 from moe_route.steering.tables import PlanTable
 
 Experts = Mapping[int, Iterable[int] | Mapping[int, float]] | Iterable[int]
+Strength = float | Sequence[float]  # one number, or one for each position, from 0
 Spans = tuple[tuple[int, int | None], ...]  # half-open, increasing, not adjacent; None: to the end
 GAINS, LOSES = "gains", "loses"  # what a rule does to tokens of its experts
 
@@ -87,6 +88,9 @@ class Rule(ABC):
         strength: an additive rule uses strength * coefficient, a multiplicative rule coefficient ** strength. So
             multiplying a plan by a number multiplies ``strength`` only.
         value: the number of a rule of a whole layer, such as a temperature.
+        by_position: a number for each position of the sequence, from 0, which multiplies the strength of an additive
+            rule, and the factors or the temperature of a multiplicative one; past its end the rule does nothing. Empty:
+            the same at all positions.
         mode: one of ``modes``.
         layers, groups, phase: conditions, None for any. Experts of layers outside ``layers`` are kept but not changed,
             so that a control can move the rule to other layers.
@@ -108,6 +112,7 @@ class Rule(ABC):
         unmoved: why it changes no choice, if it never does.
         ordered: whether rules of this kind act in the order in which a plan was added up; others act in any.
         served: whether engines with their own model code (vLLM) can run it.
+        multiplies: whether the strength is an exponent of factors.
     """
 
     experts: tuple[tuple[int, tuple[tuple[int, float], ...]], ...] = ()
@@ -122,6 +127,7 @@ class Rule(ABC):
     draw: int | None = None
     table: PlanTable | None = None
     function: RoutingFunction | None = None
+    by_position: tuple[float, ...] = ()
 
     kind: ClassVar[str]
     shows: ClassVar[str]
@@ -133,6 +139,7 @@ class Rule(ABC):
     unmoved: ClassVar[str] = ""
     ordered: ClassVar[bool] = False
     served: ClassVar[bool] = True
+    multiplies: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -179,31 +186,38 @@ class Rule(ABC):
         experts: Experts | None = None,
         layers: Iterable[int] | int | None = None,
         *,
-        strength: float = 1.0,
-        factor: float = 1.0,
-        value: float | None = None,
+        strength: Strength = 1.0,
+        factor: Strength = 1.0,
+        value: Strength | None = None,
         mode: str | None = None,
         table: PlanTable | None = None,
         draw: int | None = None,
         function: RoutingFunction | None = None,
     ) -> Rule:
-        """Make a checked rule from a user's arguments. ``factor`` multiplies the coefficient of every expert."""
+        """Make a checked rule from a user's arguments. ``factor`` multiplies the coefficient of every expert.
+
+        One of ``strength``, ``factor`` and ``value`` may be numbers by position.
+        """
+        given: dict[str, Any] = {"strength": strength, "factor": factor, "value": value}
+        tables = {name: _by_position(one) for name, one in given.items() if _is_table(one)}
+        given |= dict.fromkeys(tables, 1.0)
         chosen = None if layers is None else _layers(layers)
         if chosen == ():
             raise PlanError(f"a {cls.kind} rule for no layer: name at least one layer")
-        normal = () if experts is None else _experts(experts, chosen, factor)
+        normal = () if experts is None else _experts(experts, chosen, given["factor"])
         if experts is not None and not any(chosen is None or layer in chosen for layer, _ in normal):
             where = "" if chosen is None else f" in layers {show_numbers(chosen)}"
             raise PlanError(f"the selection has no experts{where}: lower its threshold or choose other layers")
         return cls(
             experts=normal,
-            strength=_finite(strength, "strength"),
-            value=None if value is None else _finite(value, cls.kind),
+            strength=_finite(given["strength"], "strength"),
+            value=None if value is None else _finite(given["value"], cls.kind),
             mode=next(iter(cls.modes)) if mode is None else mode,
             layers=chosen,
             table=table,
             draw=None if draw is None else index(draw),
             function=function,
+            by_position=next(iter(tables.values()), ()),
         ).checked()
 
     def checked(self) -> Rule:
@@ -227,9 +241,34 @@ class Rule(ABC):
             raise PlanError(f"a {self.kind} rule names no experts that could be drawn for each token: leave it out")
         for coefficient in [c for _, pairs in self.experts for _, c in pairs]:
             self.effective(coefficient)
+        if self.by_position and "strength" not in self.fields:
+            raise PlanError(f"a {self.kind} rule has no strength that could differ by position: leave by_position out")
+        for number in set(self.by_position):
+            self._sized(number).checked()
         return self
 
     # ---- where it applies
+
+    @property
+    def parts(self) -> tuple[Rule, ...]:
+        """The rules, one per position, that do the same as one with ``by_position``; the rule itself without."""
+        if not self.by_position:
+            return (self,)
+        placed = [(number, _meeting(self.positions, ((at, at + 1),))) for at, number in enumerate(self.by_position)]
+        return tuple(replace(self._sized(number), positions=positions) for number, positions in placed if positions)
+
+    def _sized(self, number: float) -> Rule:
+        """The rule at a position with this number in ``by_position``."""
+        if not self.multiplies:
+            return replace(self, strength=_finite(self.strength * number, "strength"), by_position=())
+        experts = tuple((layer, tuple((e, c * number) for e, c in pairs)) for layer, pairs in self.experts)
+        value = None if self.value is None else self.value * number
+        return replace(self, experts=experts, value=value, by_position=())
+
+    @property
+    def spans(self) -> Spans | None:
+        """The positions at which the rule does something; None for all."""
+        return _meeting(self.positions, ((0, len(self.by_position)),)) if self.by_position else self.positions
 
     def in_layer(self, layer: int) -> Pairs:
         """(expert, coefficient) pairs that the rule changes in ``layer``."""
@@ -301,6 +340,8 @@ class Rule(ABC):
                 f"a {self.kind} rule has no strength to scale: it holds or it does not. "
                 "Scale the soft part of the plan alone and add the rest"
             )
+        if self.by_position and not self.multiplies:  # number by number, as of one rule per position
+            return replace(self, by_position=_by_position([number * factor for number in self.by_position])).checked()
         return replace(self, strength=_finite(self.strength * factor, "strength")).checked()
 
     def opposite(self) -> Rule:
@@ -345,7 +386,7 @@ class Rule(ABC):
 
     def _as_before(self, rule: Rule) -> Rule:
         """``rule`` with the strength and conditions of this rule, except for its layers."""
-        kept = ("strength", "groups", "phase", "positions", "absent", "draw")
+        kept = ("strength", "by_position", "groups", "phase", "positions", "absent", "draw")
         return replace(rule, **{name: getattr(self, name) for name in kept})
 
     def restricted(
@@ -367,7 +408,7 @@ class Rule(ABC):
             positions=_meeting(self.positions, positions),
             absent=self.absent or absent,
         )
-        return None if () in (narrowed.groups, narrowed.layers, narrowed.positions) else narrowed.checked()
+        return None if () in (narrowed.groups, narrowed.layers, narrowed.spans) else narrowed.checked()
 
     # ---- content
 
@@ -386,6 +427,8 @@ class Rule(ABC):
                 content[name] = getattr(self, name)
         if self.positions is not None:
             content["positions"] = [list(span) for span in self.positions]
+        if self.by_position:
+            content["by_position"] = list(self.by_position)
         for name in ("layers", "groups"):
             if getattr(self, name) is not None:
                 content[name] = list(getattr(self, name))
@@ -402,7 +445,7 @@ class Rule(ABC):
         needed = [name for name in _NEEDED if name in cls.fields]
         keys: list[Any] = [("kind", Literal[cls.kind])]
         for name, hint in _KEYS.items():
-            beside = (name == "mode" and len(cls.modes) > 1) or (name == "source" and "function" in cls.fields)
+            beside = (name == "mode" and len(cls.modes) > 1) or _BESIDE.get(name) in cls.fields
             if name in cls.fields or name in _CONDITIONS or beside:
                 hint = Literal[tuple(cls.modes)] if name == "mode" else hint
                 keys.append((name, hint) if needed == [name] else (name, hint, field(default=None)))
@@ -427,14 +470,25 @@ class Rule(ABC):
             function=function_of(content),
             **given,
         )
-        return replace(
-            made,
-            layers=None if said.layers is None else _layers(said.layers),
-            groups=as_groups(said.groups),
-            phase=said.phase,
-            positions=as_positions(said.positions),
-            absent="absent" in content and said.absent,
-        ).checked()
+        return (
+            replace(
+                made,
+                layers=None if said.layers is None else _layers(said.layers),
+                groups=as_groups(said.groups),
+                phase=said.phase,
+                positions=as_positions(said.positions),
+                absent="absent" in content and said.absent,
+            )
+            ._with_numbers(content.get("by_position"))
+            .checked()
+        )
+
+    def _with_numbers(self, by_position: Sequence[float] | None) -> Rule:
+        """The rule with numbers by position, if there are any; an additive rule holds its strength in them."""
+        if by_position is None:
+            return self
+        rule = replace(self, strength=self.strength if self.multiplies else 1.0, by_position=_by_position(by_position))
+        return rule if self.multiplies else rule.scaled(self.strength)
 
     def __str__(self) -> str:
         what, how, when = self.shown
@@ -460,14 +514,16 @@ class Rule(ABC):
         return f"{self.title} {count} expert{'' if count == 1 else 's'} in {where}"
 
     def _how(self) -> str:
-        values = sorted({entry.value for entry in self.entries() if isinstance(entry.value, float)})
+        entries = [entry for part in self.parts for entry in part.entries()]
+        values = sorted({entry.value for entry in entries if isinstance(entry.value, float)})
         ends = [f"{value:g}" for value in dict.fromkeys([*values[:1], *values[-1:]])]
         return self.shows.format(x=" to ".join(ends), mode=self.mode).replace("+ -", "- ")
 
     def _when(self) -> str:
         conditions = [] if self.groups is None else [f"groups {', '.join(self.groups)}"]
         conditions += [] if self.phase is None else [f"{self.phase} only"]
-        conditions += [] if self.positions is None else [f"positions {_show_spans(self.positions)}"]
+        differs = ", each with a number of its own" if self.by_position else ""
+        conditions += [] if self.spans is None else [f"positions {_show_spans(self.spans)}{differs}"]
         conditions += ["only experts not chosen already"] if self.absent else []
         conditions += [] if self.draw is None else [f"{self.drawn} with seed {self.draw}"]
         return "; ".join(conditions)
@@ -476,6 +532,7 @@ class Rule(ABC):
 # a rule has one of them
 _NEEDED = {"experts": "experts", "value": "a value", "table": "a table", "function": "a function"}
 _CONDITIONS = ("layers", "groups", "phase", "positions")
+_BESIDE = {"source": "function", "by_position": "strength"}  # keys that stand beside one of ``fields``
 _KEYS: Mapping[str, Any] = {  # of a rule in a file
     "experts": Mapping[Natural, tuple[Natural, ...] | Mapping[Natural, float]],
     "strength": float,
@@ -490,6 +547,7 @@ _KEYS: Mapping[str, Any] = {  # of a rule in a file
     "table": str,
     "function": str,
     "source": str,
+    "by_position": tuple[float, ...],
 }
 RuleContent = Annotated[Any, Tagged("kind", lambda: {kind: rule.declared() for kind, rule in KINDS.items()})]
 """A rule of any kind, in a file."""
@@ -559,6 +617,18 @@ def _finite(value: float, name: str) -> float:
     if not math.isfinite(number):
         raise PlanError(f"{name} must be finite, not {number}: to keep an expert out for good use Plan.forbid")
     return number
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a user gives numbers by position."""
+    return (isinstance(value, Sequence) and not isinstance(value, str)) or getattr(value, "ndim", 0) == 1
+
+
+def _by_position(numbers: Any) -> tuple[float, ...]:
+    made = tuple(_finite(number, "a strength by position") for number in numbers)
+    if not made:
+        raise PlanError("strengths by position are one number at least: that of position 0 comes first")
+    return made
 
 
 def _both(mine: tuple[Any, ...] | None, theirs: tuple[Any, ...] | None) -> tuple[Any, ...] | None:

@@ -31,6 +31,7 @@ def test_what_names_no_experts_is_refused(moe_route: Any, text: str) -> None:
     ("words", "plan"),
     [
         (("activate", "5:3,17", "8:1", "--strength", "0.25"), Plan.activate({5: [3, 17], 8: [1]}, strength=0.25)),
+        (("activate", "5:3", "--strength", "1,0.5"), Plan.activate({5: [3]}, strength=[1.0, 0.5])),
         (("deactivate", "5:3", "5:4"), Plan.deactivate({5: [3, 4]})),
         (("force-on", "5:3", "--weight", "steermoe"), Plan.force_on({5: [3]}, weight="steermoe")),
         (("force-off", "5:3"), Plan.force_off({5: [3]})),

@@ -299,7 +299,11 @@ class TestCommand:
         assert claims["transfer from English"]["value"] == transfer.value
         assert claims["transfer from English"]["shown"] is (transfer.verdict == "higher")
         assert claims["a U"]["value"] == made.depth.trained.depth.value
-        assert {"a U", "transfer from English", "a gain by raising"} == set(claims)
+        control = made.control.result
+        repair = claims["a repair by raising where languages are misled"]
+        assert repair["value"] == control.repair(*control.chosen).value
+        assert repair["shown"] is (control.repair(*control.chosen).verdict == "higher")
+        assert len(claims) == 4
         with pytest.raises(SystemExit, match="--limit"):
             of.run.main(["--results", "results.json", "--limit", "4"])
 

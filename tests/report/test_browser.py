@@ -76,6 +76,20 @@ def test_hover_on_the_heat_map_shows_the_frequency_of_the_statistics(opened: Ope
         assert float(re.search(r"difference ([-+\d.]+)", opened.tip)[1]) == pytest.approx(own - base, abs=1e-4)  # type: ignore[index]
 
 
+def test_cards_show_what_an_expert_answers_to(opened: Opened, inputs: Inputs) -> None:
+    page, trace = opened.page, inputs.traces["natural"]
+    found = analysis.predict(trace, features=("token", "previous and token"))
+    layer = found.layers[len(found.layers) // 2]
+    of_layer = [expert for at, expert in found.contexts if at == layer]
+    cards = page.locator("#cards article")
+    assert cards.count() == len(of_layer)
+    page.locator("#cards select").select_option("id")
+    assert cards.first.locator("h3").inner_text() == f"Expert {min(of_layer)}"
+    assert cards.first.locator("li").count() == len(found.contexts[layer, min(of_layer)])
+    cards.first.locator("button").click()
+    assert f"Expert {min(of_layer)} of layer {layer}" in page.locator("#contexts").inner_text()
+
+
 def test_an_expert_of_the_heat_map_is_shown_in_every_group(opened: Opened, inputs: Inputs) -> None:
     statistics = inputs.recordings["natural"]
     opened.page.locator('rect.cell[data-layer="2"][data-expert="4"]').click()

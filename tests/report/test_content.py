@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,34 @@ def test_what_was_counted_is_told(content: dict[str, Any], inputs: Inputs) -> No
     assert facts["plans"] == []
     assert content["recordings"]["steered"]["facts"]["plans"] == [inputs.plans["plan"].hash]
     assert content["marks"][1]["experts"] == [[3, 5], [4, 2], [4, 7]]
+
+
+def test_cards_hold_the_contexts_that_are_predicted(
+    content: dict[str, Any], inputs: Inputs, demo: LanguageModel
+) -> None:
+    found = analysis.predict(inputs.traces["natural"], features=("token", "previous and token"))
+    cards = {(card["layer"], card["expert"]): card for card in content["cards"]["cards"]}
+    assert content["cards"]["trace"] == "natural"
+    assert content["cards"]["tokens"] == list(found.tokens)
+    assert cards.keys() == found.contexts.keys()
+    (layer, expert), contexts = next((at, of) for at, of in found.contexts.items() if len(of) > 1)
+    card = cards[layer, expert]
+    for got, (previous, token, share, times) in zip(card["contexts"], contexts, strict=True):
+        assert got[1] == demo.tokenizer.decode([token])
+        assert got[0] == ("" if previous < 0 else demo.tokenizer.decode([previous]))
+        assert (got[2], got[3]) == (pytest.approx(share, abs=1e-3), times)
+    np.testing.assert_allclose(
+        [np.nan if value is None else value for value in card["recall"]], found.recall[:, layer, expert], atol=1e-3
+    )
+
+
+def test_a_trace_that_cannot_tell_gives_no_cards(inputs: Inputs) -> None:
+    trace = inputs.traces["natural"]
+    unknown = replace(trace, token=np.full_like(trace.token, -1))  # as of a model that is called with embeddings
+    content = report.content_of(Inputs(traces={"no ids": unknown}))
+    assert content["cards"] is None
+    assert any("no ids" in line for line in content["warnings"])
+    assert report.content_of(Inputs(traces={"no ids": unknown, "ids": trace}))["cards"]["trace"] == "ids"
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -299,7 +299,7 @@ def write_easysteer(plan: Plan, path: Path, *, first_layer: int = 0) -> None:
     """Write a plan as EasySteer's configuration; ``ValueError`` for a rule that it does not have."""
     layers: dict[int, dict[str, Any]] = {}
     for rule in plan.rules:
-        conditions = (rule.groups, rule.phase, rule.positions, rule.draw)
+        conditions = (rule.groups, rule.phase, rule.spans, rule.draw)
         hard = isinstance(rule, (ForceOn, ForceOff)) and rule.mode == "steermoe" and not rule.absent
         soft = isinstance(rule, Activate) and rule.mode == "sample" and not rule.absent
         if any(condition is not None for condition in conditions) or not (hard or soft):

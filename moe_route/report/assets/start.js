@@ -1,6 +1,7 @@
 figureSections();
 countedSection();
 tokenSection();
+cardSection();
 divergenceSection();
 correlationSection();
 expertsSection();

@@ -200,3 +200,28 @@ function contextSection() {
   show();
   return (layer, expert, scroll) => { state.layer = layer; state.expert = expert; control(); show(); if (scroll) node.scrollIntoView(); };
 }
+
+function cardSection() {
+  const found = data.cards;
+  if (!found || !found.cards.length) return;
+  const node = section("cards", "What each expert answers to", `The tokens that choose an expert most surely, each behind the token before it, among those that occur twice or more in ${found.trace}. Recall is how well the token's id predicts the expert, and how well it does with the token before: counted in half of the texts (${many(found.tokens[0], "token")}), tried on the other (${many(found.tokens[1], "token")}). An explanation of an expert should do better.`);
+  const state = { place: Math.floor(found.layers.length / 2), order: "recall" };
+  const controls = el("div", { class: "controls" }), cards = el("div", { class: "cards" });
+  node.append(controls, cards);
+  const known = (value) => (value === null ? -1 : value);
+  const written = (text) => (text === "" ? el("span", { class: "quiet" }, "(start) ") : visible(text));
+  function card({ layer, expert, recall, contexts }) {
+    const items = contexts.map(([before, token, share, times]) => el("li", {}, el("span", { class: "weight" }, percent(share)), el("q", { dir: direction({ pieces: [before, token] }) }, written(before), el("mark", {}, visible(token)), el("span", { class: "quiet" }, ` ${times}×`))));
+    return el("article", { "aria-label": `Layer ${layer}, expert ${expert}` }, el("h3", {}, `Expert ${expert}`), el("p", { class: "note" }, `recall ${shown(recall[0], 2)} by token, ${shown(recall[1], 2)} with the one before`),
+      items.length ? el("ul", { class: "contexts" }, items) : el("p", { class: "note" }, "no context occurs twice"),
+      showTokensOf ? el("button", { type: "button", onclick: () => showTokensOf(layer, expert) }, `All tokens of expert ${expert}`) : "");
+  }
+  function show() {
+    const layer = found.layers[state.place], here = found.cards.filter((one) => one.layer === layer);
+    here.sort((a, b) => (state.order === "id" ? a.expert - b.expert : known(b.recall[1]) - known(a.recall[1]) || a.expert - b.expert));
+    cards.replaceChildren(...here.map(card));
+  }
+  controls.append(slider("Layer", found.layers.length, found.layers.map(String), state.place, (v) => { state.place = v; show(); }),
+    select("Order", [["recall", "most predictable first"], ["id", "by id"]], state.order, (v) => { state.order = v; show(); }));
+  show();
+}

@@ -88,6 +88,23 @@ def test_groups_that_the_engine_does_not_declare_are_refused(tmp_path: Path) -> 
     Tables().plans.compiled(str(tmp_path / "plan.json"), "a model", "")
 
 
+def test_a_table_over_positions_takes_the_rows_of_one_rule_per_position() -> None:
+    numbers = [1.0, 0.5, 0.5, 0.25]
+    rules = [mr.Plan.activate({0: [1]}, strength=number).only(positions=at) for at, number in enumerate(numbers)]
+    found = []
+    for plan in (mr.Plan.activate({0: [1]}, strength=numbers), sum(rules, mr.Plan())):
+        made = Tables()
+        made.change("default", plan)
+        rows = made.requests.plan_rows
+        found.append((rows.rows.tolist(), rows.bounds.tolist(), [part.tolist() for part in tensors(made.sites[0])]))
+    assert found[0] == found[1]
+    assert found[0][1] == [1, 2, 3, 4]
+
+
+def tensors(site: Any) -> list[torch.Tensor]:
+    return [part for part in site.steering.packed if isinstance(part, torch.Tensor)]
+
+
 def test_rules_that_do_not_fit_the_router_are_refused() -> None:
     made = Tables()
     made.sites[1].spec = RouterSpec(score="sparsemixer")
