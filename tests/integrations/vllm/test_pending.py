@@ -32,6 +32,7 @@ class Worker:
         self.sites = [self._site(layer, device) for layer in range(LAYERS)]
         self.requests = RequestTable(groups=2, plans=1, capacity=4)
         self.requests.group_capacity, self.requests.segment_capacity = 2, 4
+        self.requests.forget()
         self.requests.counts, self.requests.ahead = True, ahead
         self.requests.plan_rows.rows[0, :, 2] = [[0], [1]]  # group 1 has another row in each phase
         self.requests.begin("a", prompt=3, group=0, segment=1, plan=0)

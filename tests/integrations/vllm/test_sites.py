@@ -23,6 +23,10 @@ class BaseRouter:
         given = {"renormalize": True, "scoring_func": "softmax", "e_score_correction_bias": None}
         self.__dict__.update({**given, **attributes})
         self.routes_as = RouterSpec(renormalize="sum")
+        self.capture_fn: Any = None
+
+    def set_capture_fn(self, capture_fn: Any) -> None:
+        self.capture_fn = capture_fn
 
     def _compute_routing(
         self, hidden: torch.Tensor, logits: torch.Tensor, indices_type: Any = None, *, input_ids: Any = None
