@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import moe_route as mr
-from moe_route.integrations.vllm.counts import FIELD, Texts
+from moe_route.integrations.vllm.texts import FIELD, Texts
 from moe_route.recording import RoutingStatistics
 from moe_route.recording.trace import Trace
 

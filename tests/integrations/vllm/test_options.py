@@ -7,14 +7,8 @@ from typing import Any
 
 import pytest
 
-from moe_route.integrations.vllm.options import (
-    EngineNotSupportedError,
-    Options,
-    check_version,
-    refuse_engine,
-    refuse_recording,
-    request_error,
-)
+from moe_route.integrations.serving.options import EngineNotSupportedError, Options, request_error
+from moe_route.integrations.vllm.options import check_version, refuse_engine, refuse_recording
 from moe_route.integrations.vllm.sites import transformers_name
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from moe_route import ops
 from moe_route.contract.spec import RouterSpec
-from moe_route.integrations.vllm import operator, sites
-from moe_route.integrations.vllm.options import EngineNotSupportedError
+from moe_route.integrations.serving import operator
+from moe_route.integrations.serving.options import EngineNotSupportedError
+from moe_route.integrations.vllm import sites
 
 EXPERTS, TOP_K = 8, 2
 
