@@ -40,6 +40,7 @@ from moe_route.steering.model import PlanError
 from moe_route.steering.plan import Plan
 from moe_route.steering.tables import Key, SequenceTable
 
+_MARK = "moe_route:"  # begins every salt that is not the request's own alone
 logger = logging.getLogger(__name__)
 
 
@@ -372,3 +373,10 @@ def salt_of(steered: Steered | None, prompt: int, item: str | int | None, epoch:
     if steered.by_item:
         parts.append(_digest(item))
     return ":".join(["", *parts])
+
+
+def marked_salt(own: str | None, salt: str) -> str | None:
+    """The salt of a request that brings ``own``, and shares by ``salt``."""
+    own = own or ""
+    # with its length, and wherever it looks like one of ours, so that no request can make up the salt of another
+    return f"{_MARK}{len(own)}:{own}{salt}" if salt or _MARK in own else own or None

@@ -17,6 +17,9 @@ from moe_route.integrations.serving.options import EngineNotSupportedError
 from moe_route.ops.token_rules import route_tokens
 from moe_route.steering.cell import LayerShape
 
+_BLOCKS = {".block_sparse_moe": ".mlp"}
+_GATES = {"gpt_oss": "router", "phimoe": "router"}
+"""By ``model_type``: name of the router in transformers 5, where it is not ``gate``."""
 _CHECKED_ROWS = 64
 _WEIGHT_TOLERANCE = 1e-4
 
@@ -96,6 +99,13 @@ class Site:
             **given,
         )
         return new_weights, new_ids
+
+
+def transformers_name(block: str, model_type: str) -> str:
+    """Name of a router in transformers 5, from an engine's name of its block: statistics of both then merge."""
+    for ending, there in _BLOCKS.items():
+        block = block.removesuffix(ending) + there if block.endswith(ending) else block
+    return f"{block}.{_GATES.get(model_type, 'gate')}"
 
 
 @torch.inference_mode()

@@ -9,10 +9,8 @@ from typing import Any
 
 from moe_route.integrations.serving.answers import joined
 from moe_route.integrations.serving.options import WANTED, Options, identity
-from moe_route.integrations.serving.plans import Workers, salt_of
+from moe_route.integrations.serving.plans import Workers, marked_salt, salt_of
 from moe_route.integrations.vllm.options import arguments_of
-
-_MARK = "moe_route:"  # begins every salt that is not the request's own alone
 
 
 class Prefixes:
@@ -36,9 +34,7 @@ class Prefixes:
         self._salt(request, salt_of(steered, request.num_prompt_tokens, item, self._epoch))
 
     def _salt(self, request: Any, salt: str) -> None:
-        own = vars(request).setdefault("moe_route_own_salt", request.cache_salt) or ""
-        # with its length, and wherever it looks like one of ours, so that no request can make up the salt of another
-        wanted = f"{_MARK}{len(own)}:{own}{salt}" if salt or _MARK in own else own or None
+        wanted = marked_salt(vars(request).setdefault("moe_route_own_salt", request.cache_salt), salt)
         if wanted != request.cache_salt:
             request.cache_salt = wanted
             request.block_hashes.clear()

@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from moe_route.contract.spec import RouterSpec
 from moe_route.integrations.serving import sites
 from moe_route.integrations.serving.options import EngineNotSupportedError
-from moe_route.integrations.serving.sites import Site, Stage
+from moe_route.integrations.serving.sites import Site, Stage, transformers_name
 from moe_route.integrations.vllm.options import find
 from moe_route.steering.cell import LayerShape
 
-_BLOCKS = {".block_sparse_moe.experts": ".mlp.experts"}
-_GATES = {"gpt_oss": "router", "phimoe": "router"}
-"""By ``model_type``: name of the router in transformers 5, where it is not ``gate``."""
 _SCORES = {"sqrtsoftplus": "sqrt_softplus"}
 _NO_LAYERS = (
     "moe_route: no MoE layer of vLLM's own was found; a model that runs on vLLM's Transformers backend routes inside "
@@ -72,7 +69,7 @@ def _site(runner: Any, base: type, model_type: str) -> Site:
     spec, bias = spec_of(router, name)
     redundant = config.num_experts - getattr(config, "num_logical_experts", config.num_experts)
     return Site(
-        name=transformers_name(name, model_type),
+        name=transformers_name(name.removesuffix(".experts"), model_type),
         module=runner,
         num_experts=config.num_experts - redundant,
         top_k=router.top_k,
@@ -87,14 +84,6 @@ def _site(runner: Any, base: type, model_type: str) -> Site:
 def _kernel(runner: Any) -> str:
     """The class of vLLM that runs the experts."""
     return type(getattr(getattr(runner, "routed_experts", None), "quant_method", runner)).__name__
-
-
-def transformers_name(name: str, model_type: str) -> str:
-    """Name of a router in transformers 5, from vLLM's name of its experts: statistics of both then merge."""
-    for ending, there in _BLOCKS.items():
-        name = name.removesuffix(ending) + there if name.endswith(ending) else name
-    gate = _GATES.get(model_type, "gate")
-    return f"{name.removesuffix('.experts')}.{gate}" if name.endswith(".experts") else name
 
 
 def spec_of(router: Any, name: str) -> tuple[RouterSpec, Tensor | None]:
