@@ -27,7 +27,7 @@ from moe_route.data.reader import CorpusRow
 from moe_route.evaluation import read_study
 from moe_route.evaluation.study import TaskSource
 from moe_route.evaluation.tasks import read_task
-from moe_route.integrations.vllm.options import EngineNotSupportedError, Options
+from moe_route.integrations.serving.options import EngineNotSupportedError, Options
 from moe_route.report.result_tables import read_results
 from moe_route.runs.corpus import _load_total
 from moe_route.runs.job import Job
@@ -274,7 +274,7 @@ EXAMPLES: dict[str, Example] = {
         lambda path, _: BenchmarkResults.load(path),
         marks=_marked("BenchmarkResults"),
     ),
-    "vllm-options": Example(
+    "engine-options": Example(
         {
             "groups": ["a"],
             "plan": "p.json",
@@ -404,7 +404,7 @@ def test_misspelt_columns_of_a_corpus_are_refused(key: str, suffix: str, tmp_pat
             read(renamed(row, (), key, other))
 
 
-@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"study", "vllm-options"}))
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"study", "engine-options"}))
 @pytest.mark.parametrize("wrong", ["twice", "NaN", "-Infinity", "1e999", "[" * 100_000, "\udce4"])
 def test_json_that_programs_read_in_several_ways_is_refused(name: str, wrong: str, tmp_path: Path) -> None:
     example = EXAMPLES[name]

@@ -18,23 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_route.integrations.vllm.options import (
-    OFF,
-    PREFIX,
-    VERBS,
-    WANTED,
-    EngineNotSupportedError,
-    Options,
-    avoid_monolithic,
-    request_error,
-)
-from moe_route.integrations.vllm.seams import (
-    follow_core,
-    follow_front,
-    follow_scheduler,
-    planned_items,
-    split_weights,
-)
+from moe_route.integrations.serving.options import WANTED, EngineNotSupportedError, Options, request_error
+from moe_route.integrations.vllm.options import OFF, PREFIX, VERBS, arguments_of, avoid_monolithic
+from moe_route.integrations.vllm.seams import follow_core, follow_front, follow_scheduler, planned_items, split_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +64,7 @@ def statistics(llm: Any) -> RoutingStatistics:
 
     Raises an error with the words of ``recording.RecordingError`` if nothing was recorded, or something is missing.
     """
-    from moe_route.integrations.vllm.answers import loaded
+    from moe_route.integrations.serving.answers import loaded
     from moe_route.recording.statistics import RoutingStatistics
 
     return loaded(RoutingStatistics, _content(llm, "statistics"))
@@ -90,7 +76,7 @@ def trace(llm: Any) -> Trace:
     Tokens are in the order in which they ran; each request is a sequence, with its item.
     Raises an error with the words of ``recording.RecordingError`` if the engine keeps no trace.
     """
-    from moe_route.integrations.vllm.answers import loaded
+    from moe_route.integrations.serving.answers import loaded
     from moe_route.recording.trace import Trace
 
     return loaded(Trace, _content(llm, "trace"))
@@ -139,17 +125,17 @@ def register() -> None:
         if options is not None:
             import vllm
 
-            from moe_route.integrations.vllm.worker import Session
+            from moe_route.integrations.vllm.worker import WorkerSession
 
-            self.moe_route_session = Session(self, options, vllm.__version__)
+            self.moe_route_session = WorkerSession(self, options, vllm.__version__)
         return answer
 
     @functools.wraps(validate)
     def validated(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         options = Options.of(self.vllm_config.additional_config)
-        wrong = None if options is None else request_error(options, getattr(params, "extra_args", None))
-        wrong = wrong or (None if options is None else planned_items(self, options).error(params))
-        if wrong is None and options is not None and (getattr(params, "extra_args", None) or {}).get(WANTED):
+        wrong = None if options is None else request_error(options, arguments_of(params))
+        wrong = wrong or (None if options is None else planned_items(self, options).error(arguments_of(params)))
+        if wrong is None and options is not None and arguments_of(params).get(WANTED):
             split_weights(self.vllm_config.model_config)
             if getattr(params, "stop", None):  # such a text ends in the front end, behind the core's last answer
                 wrong = f"{WANTED} does not go with stop strings: name the end by stop_token_ids"
@@ -200,7 +186,7 @@ def _refusal() -> type[Exception]:
 
 def _verb(name: str) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from moe_route.integrations.vllm.answers import answer
+        from moe_route.integrations.serving.answers import answer
 
         return answer(lambda: getattr(_session_of(self), name)(*args, **kwargs))
 

@@ -9,7 +9,7 @@ from typing import Any
 from moe_route.data import demo_model_folder
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.integrations import vllm as plugin
-from moe_route.integrations.vllm.options import GROUP, ITEM
+from moe_route.integrations.serving.options import GROUP, ITEM
 from moe_route.recording.metadata import merge_metadata
 from moe_route.recording.statistics import RoutingStatistics
 from moe_route.runs.language_model import DEMO_MODEL, encode

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from moe_route.base.files import FileRefusedError
-from moe_route.integrations.vllm.options import OFF, Options
+from moe_route.integrations.serving.options import Options
+from moe_route.integrations.vllm.options import OFF
 from moe_route.integrations.vllm.seams import planned_items
 from moe_route.recording.statistics import RoutingStatistics
 
@@ -102,7 +103,7 @@ class Front:
 
     async def statistics(self, *, partial: bool, sequences: bool = True) -> Any:
         """What all engine cores counted."""
-        from moe_route.integrations.vllm.answers import loaded
+        from moe_route.integrations.serving.answers import loaded
 
         answers = await self.call("statistics", partial=partial, sequences=sequences)
         contents = [next(one for one in answer if one is not None) for answer in answers]
@@ -111,7 +112,7 @@ class Front:
 
     async def put(self, name: str, body: bytes, client: str) -> str:
         """Steer by a plan from now on, in all cores or in none; returns its hash."""
-        from moe_route.integrations.vllm.plans import UNDECLARED, plan_of
+        from moe_route.integrations.serving.plans import UNDECLARED, plan_of
         from moe_route.steering.model import PlanError
 
         if not self.options.admin:
@@ -196,7 +197,7 @@ async def _state(front: Front, request: Any) -> Any:
 async def _statistics(front: Front, request: Any) -> Any:
     from starlette.responses import Response
 
-    from moe_route.integrations.vllm.answers import content_of
+    from moe_route.integrations.serving.answers import content_of
 
     made = await front.statistics(partial=_flag(request, "partial"))
     content = await asyncio.to_thread(content_of, made)

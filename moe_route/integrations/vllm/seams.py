@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from moe_route.integrations.vllm.options import LEFT, OFF, PATIENCE, PREFIX, Options
+from moe_route.integrations.serving.options import Options
+from moe_route.integrations.vllm.options import LEFT, OFF, PATIENCE, PREFIX
 
 if TYPE_CHECKING:
+    from moe_route.integrations.serving.plans import PlannedItems
     from moe_route.integrations.vllm.books import Books
-    from moe_route.integrations.vllm.plans import PlannedItems
 
 # ---- the engine core
 
@@ -106,7 +107,7 @@ def follow_scheduler(scheduler: Any) -> None:
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         if Options.of(self.vllm_config.additional_config) is None:
             return schedule(self, *args, **kwargs)
-        from moe_route.integrations.vllm.counts import ABORTED, aborted_of, texts_of
+        from moe_route.integrations.vllm.texts import ABORTED, aborted_of, texts_of
 
         texts = texts_of(self)
         news = None if texts is None else texts.news()
@@ -123,7 +124,7 @@ def follow_scheduler(scheduler: Any) -> None:
         if request_ids is not None and not isinstance(request_ids, str):
             request_ids = list(request_ids)
         if Options.of(self.vllm_config.additional_config) is not None and finished_status.name == "FINISHED_ABORTED":
-            from moe_route.integrations.vllm.counts import note_aborted
+            from moe_route.integrations.vllm.texts import note_aborted
 
             names = [request_ids] if isinstance(request_ids, str) else request_ids
             known = [self.requests.get(name) for name in (list(self.requests) if names is None else names)]
@@ -177,7 +178,7 @@ def follow_front(engine: Any, async_engine: Any, output_processor: Any, manager:
 
 def planned_items(processor: Any, options: Options) -> PlannedItems:
     """What a front end knows of its plans."""
-    from moe_route.integrations.vllm.plans import PlannedItems
+    from moe_route.integrations.serving.plans import PlannedItems
 
     if not hasattr(processor, "moe_route_items"):
         processor.moe_route_items = PlannedItems(options)

@@ -24,9 +24,9 @@ if os.environ.get("MOE_ROUTE_REQUIRE_VLLM"):
 else:
     vllm = pytest.importorskip("vllm", reason="needs vLLM in an environment of its own: make test-vllm")
 
+from moe_route.integrations.serving.books import added, newest_of, ranked
+from moe_route.integrations.serving.options import EngineNotSupportedError
 from moe_route.integrations.vllm import books
-from moe_route.integrations.vllm.books import added, newest_of, ranked
-from moe_route.integrations.vllm.options import EngineNotSupportedError
 
 
 def core_of(llm: Any) -> Any:
@@ -132,7 +132,7 @@ def test_a_layer_that_something_goes_round_is_unbalanced(tmp_path: Path, rows: l
     llm.generate([prompt], params("eng_Latn"), use_tqdm=False)
     before = mr.vllm.statistics(llm)
     site = session_of(llm).sites[3]
-    del site.runner.router._compute_routing  # a fast path that does not ask the wrapped router
+    del site.module.router._compute_routing  # a fast path that does not ask the wrapped router
     with caplog.at_level(logging.ERROR):
         llm.generate([prompt], params("eng_Latn"), use_tqdm=False)
         with pytest.raises(RecordingError, match=r"counted \d+ of the \d+ tokens"):
@@ -154,7 +154,7 @@ def test_a_layer_that_something_goes_round_is_unbalanced(tmp_path: Path, rows: l
 
 def test_every_router_has_a_capture_function(rows: list[Row]) -> None:
     llm = engine()
-    assert all(site.runner.router.capture_fn is not None for site in session_of(llm).sites)
+    assert all(site.module.router.capture_fn is not None for site in session_of(llm).sites)
 
 
 def test_a_second_engine_on_the_same_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

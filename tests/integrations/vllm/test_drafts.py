@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import moe_route as mr
-from moe_route.integrations.vllm.counts import FIELD, Texts
+from moe_route.integrations.vllm.texts import FIELD, Texts
 from moe_route.recording import RoutingStatistics
 from moe_route.recording.trace import Trace
 
@@ -290,6 +290,6 @@ def test_a_scheduler_that_does_not_tell_is_refused(other: Any, plain: Any, monke
     with monkeypatch.context() as patched:
         patched.setattr(Texts, "attach", silent)
         texts_of(other, plain[0][:4])
-    with pytest.raises(Exception, match="without --scheduler-cls"):
+    with pytest.raises(Exception, match="start it with its own scheduler"):
         mr.vllm.statistics(other)
     assert run(other, plain[0][:2], None).statistics.scalar("tokens").sum() > 0  # another recording is whole

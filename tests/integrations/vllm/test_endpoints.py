@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import moe_route as mr
+from moe_route.integrations.serving.options import Options
 from moe_route.integrations.vllm.endpoints import GAUGES, Front, RequestRefusedError
-from moe_route.integrations.vllm.options import Options
 
 PLAN = mr.Plan.forbid({0: [1]})
 

@@ -64,4 +64,4 @@ def test_an_engine_takes_the_kernel_that_is_given_the_choice(monkeypatch: pytest
 
 def moe_config_of(worker: Any) -> Any:
     model = worker.model_runner.model
-    return find_sites(model, "")[0].runner.moe_config
+    return find_sites(model, "")[0].module.moe_config

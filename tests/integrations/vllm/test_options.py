@@ -7,15 +7,9 @@ from typing import Any
 
 import pytest
 
-from moe_route.integrations.vllm.options import (
-    EngineNotSupportedError,
-    Options,
-    check_version,
-    refuse_engine,
-    refuse_recording,
-    request_error,
-)
-from moe_route.integrations.vllm.sites import transformers_name
+from moe_route.integrations.serving.options import EngineNotSupportedError, Options, request_error
+from moe_route.integrations.vllm.options import check_version, refuse_engine, refuse_recording
+from moe_route.integrations.serving.sites import transformers_name
 
 
 def test_without_options_nothing_is_asked_for() -> None:
@@ -158,10 +152,10 @@ def test_an_engine_without_room_for_experts_refuses_a_request_that_asks_for_them
 @pytest.mark.parametrize(
     ("name", "model_type", "expected"),
     [
-        ("model.layers.0.mlp.experts", "qwen3_moe", "model.layers.0.mlp.gate"),
-        ("model.layers.0.mlp.experts", "gpt_oss", "model.layers.0.mlp.router"),
-        ("model.layers.3.block_sparse_moe.experts", "mixtral", "model.layers.3.mlp.gate"),
-        ("model.layers.3.block_sparse_moe.experts", "phimoe", "model.layers.3.mlp.router"),
+        ("model.layers.0.mlp", "qwen3_moe", "model.layers.0.mlp.gate"),
+        ("model.layers.0.mlp", "gpt_oss", "model.layers.0.mlp.router"),
+        ("model.layers.3.block_sparse_moe", "mixtral", "model.layers.3.mlp.gate"),
+        ("model.layers.3.block_sparse_moe", "phimoe", "model.layers.3.mlp.router"),
     ],
 )
 def test_routers_have_the_names_of_transformers(name: str, model_type: str, expected: str) -> None:

@@ -13,10 +13,11 @@ from harness.standin_device import StandInDevices, StandInGraph, to_device
 from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
-from moe_route.integrations.vllm import operator
-from moe_route.integrations.vllm.counts import FIELD, Known, PendingTokens, StepCounts, Texts
-from moe_route.integrations.vllm.requests import Batch, RequestTable
-from moe_route.integrations.vllm.sites import Site, TokenNumbers
+from moe_route.integrations.serving import operator
+from moe_route.integrations.serving.counts import Known, PendingTokens, StepCounts
+from moe_route.integrations.serving.requests import Batch, RequestTable
+from moe_route.integrations.serving.sites import Site, TokenNumbers
+from moe_route.integrations.vllm.texts import FIELD, Texts
 
 EXPERTS, TOP_K, LAYERS, MOST = 16, 3, 4, 8
 SPECS = (RouterSpec(renormalize="sum"), RouterSpec(score="sigmoid", renormalize="sum", scale=2.5))
@@ -91,7 +92,7 @@ class Worker:
     def run(self, batch: Batch, choices: list[Any]) -> None:
         self.lay_out(batch)
         for layer, choice in enumerate(choices):
-            torch.ops.moe_route_vllm.reroute(*(one.clone() for one in choice), layer)
+            torch.ops.moe_route_serving.reroute(*(one.clone() for one in choice), layer)
         if self.counts is not None:
             self.counts.count(self.sites[0].tokens)
 

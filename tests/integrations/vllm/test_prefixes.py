@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import moe_route as mr
-from moe_route.integrations.vllm.options import Options
-from moe_route.integrations.vllm.plans import Prefixes, Steered, Workers, steered_prefixes
+from moe_route.integrations.serving.options import Options
+from moe_route.integrations.serving.plans import Steered, Workers, steered_prefixes
+from moe_route.integrations.vllm.prefixes import Prefixes
 
 GROUPS = ("plain", "soft", "late")
 

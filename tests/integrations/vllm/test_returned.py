@@ -12,7 +12,8 @@ import pytest
 from harness.vllm_demo import GROUPS, NEW, PLAN, Row, engine
 
 import moe_route as mr
-from moe_route.integrations.vllm.returned import layer_number, packed, split
+from moe_route.integrations.serving.returned import layer_number
+from moe_route.integrations.vllm.returned import packed, split
 
 if os.environ.get("MOE_ROUTE_REQUIRE_VLLM"):
     import vllm

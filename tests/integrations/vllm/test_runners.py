@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_route.integrations.vllm.requests import V1, V2, Batch, follow, view_of
+from moe_route.integrations.serving.requests import Batch
+from moe_route.integrations.vllm.runners import V1, V2, follow, view_of
 
 
 class RunnerV1:

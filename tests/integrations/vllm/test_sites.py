@@ -11,8 +11,9 @@ from torch import nn
 
 from moe_route import ops
 from moe_route.contract.spec import RouterSpec
-from moe_route.integrations.vllm import operator, sites
-from moe_route.integrations.vllm.options import EngineNotSupportedError
+from moe_route.integrations.serving import operator
+from moe_route.integrations.serving.options import EngineNotSupportedError
+from moe_route.integrations.vllm import sites
 
 EXPERTS, TOP_K = 8, 2
 
@@ -23,6 +24,10 @@ class BaseRouter:
         given = {"renormalize": True, "scoring_func": "softmax", "e_score_correction_bias": None}
         self.__dict__.update({**given, **attributes})
         self.routes_as = RouterSpec(renormalize="sum")
+        self.capture_fn: Any = None
+
+    def set_capture_fn(self, capture_fn: Any) -> None:
+        self.capture_fn = capture_fn
 
     def _compute_routing(
         self, hidden: torch.Tensor, logits: torch.Tensor, indices_type: Any = None, *, input_ids: Any = None

@@ -12,13 +12,15 @@ import torch
 
 import moe_route as mr
 from moe_route.contract.spec import RouterSpec
-from moe_route.integrations.vllm import answers, sites
-from moe_route.integrations.vllm.answers import Failure, StagePart, answer, joined
-from moe_route.integrations.vllm.options import EngineNotSupportedError, Options
-from moe_route.integrations.vllm.plans import PlanTables
-from moe_route.integrations.vllm.recording import Recording
-from moe_route.integrations.vllm.requests import RequestTable
-from moe_route.integrations.vllm.sites import Site, Stage, find_stage
+from moe_route.integrations.serving import answers
+from moe_route.integrations.serving.answers import Failure, StagePart, answer, joined
+from moe_route.integrations.serving.options import EngineNotSupportedError, Options
+from moe_route.integrations.serving.plans import PlanTables
+from moe_route.integrations.serving.recording import Recording
+from moe_route.integrations.serving.requests import RequestTable
+from moe_route.integrations.serving.sites import Site, Stage
+from moe_route.integrations.vllm import sites
+from moe_route.integrations.vllm.sites import find_stage
 from moe_route.steering import PlanError
 from moe_route.steering.cell import LayerShape
 

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +16,10 @@ from harness.vllm_demo import engine
 
 import moe_route as mr
 from moe_route.contract.spec import RouterSpec
-from moe_route.integrations.vllm.options import EngineNotSupportedError, Options
-from moe_route.integrations.vllm.plans import PlannedItems, PlanTables, TokenValues
-from moe_route.integrations.vllm.requests import Batch, RequestTable
-from moe_route.integrations.vllm.sites import Site, Stage
+from moe_route.integrations.serving.options import EngineNotSupportedError, Options
+from moe_route.integrations.serving.plans import PlannedItems, PlanTables, TokenValues
+from moe_route.integrations.serving.requests import Batch, RequestTable
+from moe_route.integrations.serving.sites import Site, Stage
 from moe_route.ops.token_rules import token_counter
 from moe_route.steering import PlanError
 from moe_route.steering.cell import LayerShape
@@ -42,7 +41,9 @@ class Tables:
             Site(f"layers.{i}.mlp.gate", None, E, K, RouterSpec(), None, torch.device("cpu")) for i in range(2)
         ]
         options, stage = Options(groups=GROUPS, plans={"other": None}), Stage.among([[LayerShape(E, K)] * 2], 0)
-        self.plans = PlanTables(self.sites, options, stage, torch.device("cpu"), captured=captured)
+        self.plans = PlanTables(
+            self.sites, options, stage, torch.device("cpu"), graphs_off="--enforce-eager" if captured else None
+        )
         self.requests = RequestTable(len(GROUPS), 2, 4)
 
     def compiled(self, plan: mr.Plan) -> Any:
@@ -181,7 +182,7 @@ def test_a_request_that_runs_when_a_plan_without_its_values_begins_is_told_once(
 def test_a_request_without_values_is_refused(tmp_path: Path, extra: dict[str, str], words: str | None) -> None:
     file = tmp_path / "plan.safetensors"
     replay(["a", "b"]).only(groups=["steered"]).save(file)
-    params = SimpleNamespace(extra_args=extra or None)
+    params = extra or None
     started = PlannedItems(Options(groups=GROUPS, plan=str(file)))
     told = PlannedItems(Options(groups=GROUPS))
     assert told.error(params) is None
@@ -196,7 +197,7 @@ def test_a_request_without_values_is_refused(tmp_path: Path, extra: dict[str, st
 def test_a_plan_that_only_workers_read_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     items = PlannedItems(Options(groups=GROUPS, plans={"other": str(tmp_path / "elsewhere.safetensors")}))
     assert "requests are not checked against plan 'other'" in caplog.text
-    assert items.error(SimpleNamespace(extra_args={"moe_route_plan": "other"})) is None
+    assert items.error({"moe_route_plan": "other"}) is None
 
 
 vllm: Any = None

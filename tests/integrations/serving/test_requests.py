@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_route.integrations.vllm.requests import PlanRows, RequestTable
+from moe_route.integrations.serving.requests import PlanRows, RequestTable
 
 
 def table_of(requests: RequestTable, names: list[str], counts: list[int], starts: list[int]) -> np.ndarray:

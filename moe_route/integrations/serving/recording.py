@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from moe_route.base import files
 from moe_route.base.identity import library_versions
 from moe_route.calls.call import PHASES
 from moe_route.contract.tables import METRICS
-from moe_route.integrations.vllm.counts import StepTrace
-from moe_route.integrations.vllm.options import Options
-from moe_route.integrations.vllm.requests import Request, RequestTable
-from moe_route.integrations.vllm.sites import Site, Stage
+from moe_route.integrations.serving.counts import StepTrace
+from moe_route.integrations.serving.options import Options
+from moe_route.integrations.serving.requests import Request, RequestTable
+from moe_route.integrations.serving.sites import Site, Stage
 from moe_route.ops import library
 from moe_route.recording.counting import DEFAULT_METRICS
 from moe_route.recording.metadata import add_fingerprints
@@ -28,7 +28,17 @@ from moe_route.recording.vectors import SequenceAverages, SequencePool
 
 logger = logging.getLogger(__name__)
 
+TokenIds: TypeAlias = Callable[[str, int], "np.ndarray | None"]
+"""``token_ids(name, end)`` reads the first ids of a running request; None if the engine does not hold them."""
 _COUNTED = tuple(name for name in METRICS if name in (*DEFAULT_METRICS, "natural_counts"))
+
+
+class Engine(NamedTuple):
+    """What serves."""
+
+    name: str  # as the metadata has it
+    version: str
+    model: dict[str, Any]  # the entry of this name in the metadata: name, class, config_hash
 
 
 class Recording:
@@ -50,13 +60,13 @@ class Recording:
         sites: Sequence[Site],
         options: Options,
         requests: RequestTable,
-        token_ids: Callable[[str, int], np.ndarray | None],
+        token_ids: TokenIds,
         stage: Stage,
         *,
         most_requests: int,
         most_tokens: int,
     ):
-        """``token_ids(name, end)`` reads the first ids of a running request; ``most_*``: the most that a step holds.
+        """``most_*``: the most that a step holds.
 
         All tables are made here, of the largest sizes that they can need: their addresses are part of captured graphs.
         """
@@ -194,16 +204,16 @@ class Recording:
         if silent and self.steps:
             gaps.append(
                 f"{len(silent)} layers were never reached ({silent[0]}, ...): the engine runs a graph compiled without "
-                "moe_route; delete vLLM's compile cache, or start with --enforce-eager"
+                "moe_route; delete the engine's compile cache, or start it without graphs"
             )
         if self._requests.tokens_lost:
             gaps.append(
                 f"of {self._requests.tokens_lost} tokens the engine never told whether they became text: start it with "
-                "vLLM's own scheduler, without --scheduler-cls"
+                "its own scheduler"
             )
         if self._without_room:
             gaps.append(
-                f"{self._without_room} requests found no row in the tables, which have room for --max-num-seqs of them"
+                f"{self._without_room} requests found no row in the tables, which have room for those of one step"
             )
         return gaps
 
@@ -233,8 +243,8 @@ class Recording:
         self._logged.update(broken)
         return broken
 
-    def statistics(self, model: dict[str, Any], vllm_version: str, *, sequences: bool = True) -> RoutingStatistics:
-        """What was counted; ``model``: the entry of this name in the metadata. ``sequences``: those that are kept too.
+    def statistics(self, engine: Engine, *, sequences: bool = True) -> RoutingStatistics:
+        """What was counted. ``sequences``: those that are kept too.
 
         What is missing stands in the metadata: ``gaps``, and ``unbalanced``, whose layers have no averages.
         """
@@ -253,11 +263,11 @@ class Recording:
             sequence_sums={kind: table * balanced[:, None] for kind, table in self._pool.sums.items()},
             entropy=True,
             metadata={
-                "model": model,
-                "versions": {**library_versions(), "vllm": vllm_version},
-                "engines": ["vllm"],
+                "model": engine.model,
+                "versions": {**library_versions(), engine.name: engine.version},
+                "engines": [engine.name],
                 "backends": sorted({library.served(site.device) for site in self._sites}),
-                "experts": ["vllm"],
+                "experts": [engine.name],
                 "fingerprint": self._fingerprint or add_fingerprints(None, None),
                 "masked": ["padding"],
                 "plans": sorted(self.used_plans),
@@ -287,7 +297,7 @@ class Recording:
         return None if self.trace is None else self.trace.snapshot(self._options.groups, self._token_ids)
 
     def _as_transformers(self, sums: TableSums) -> TableSums:
-        """Multiply the sums of weights by the factor that vLLM applies to the output of a layer instead."""
+        """Multiply the sums of weights by the factor that the engine applies to the output of a layer instead."""
         scales: Sequence[float] = [site.output_scale for site in self._sites]
         if any(scale != 1.0 for scale in scales):
             table = sums.metrics["weight"]

@@ -16,8 +16,8 @@ import torch
 
 import moe_route as mr
 from moe_route.calls.call import PHASES
-from moe_route.integrations.vllm.counts import StepTrace
-from moe_route.integrations.vllm.requests import RequestTable
+from moe_route.integrations.serving.counts import StepTrace
+from moe_route.integrations.serving.requests import RequestTable
 from moe_route.recording.trace import Trace
 
 GROUPS = ("plain", "steered")

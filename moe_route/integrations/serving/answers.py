@@ -1,7 +1,7 @@
 """What the workers of an engine answer to a verb, and how the engine core makes one answer of it.
 
-An error that a worker raised would end the call before vLLM has read what the other workers answered, and the next call
-would read that instead. So workers hand errors over, and the core raises them once all have answered.
+An error that a worker raised would end the call before an engine has read what the other workers answered, and the
+next call would read that instead. So workers hand errors over, and the core raises them once all have answered.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moe_route.base.files import FileRefusedError
-from moe_route.integrations.vllm.options import EngineNotSupportedError
+from moe_route.integrations.serving.options import EngineNotSupportedError
 from moe_route.recording.statistics import RecordingError, RoutingStatistics
 from moe_route.recording.store import SequenceStore
 from moe_route.recording.trace import Trace

@@ -1,8 +1,8 @@
-"""``moe_route_vllm::reroute``: steer and count the choice of one router, on tables whose addresses never change.
+"""``moe_route_serving::reroute``: steer and count the choice of one router, on tables whose addresses never change.
 
-It always runs, and data on the device switch it: a token whose rows are -1 keeps vLLM's own choice bit for bit and is
-not counted. So a CUDA graph that captured it steers and counts whatever the tables hold at replay. On a CPU nothing
-is captured, and the host leaves out what a step does not need: see ``Work``.
+It always runs, and data on the device switch it: a token whose rows are -1 keeps the engine's own choice bit for bit,
+and is not counted. So a CUDA graph that captured it steers and counts whatever the tables hold at replay. On a CPU
+nothing is captured, and the host leaves out what a step does not need: see ``Work``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_route.contract.tables import NEUTRAL, ROW_PARAMETERS, STEERING_PLANES, SteeringTables
-from moe_route.integrations.vllm.counts import PendingTokens, StepCounts
-from moe_route.integrations.vllm.sites import Site
+from moe_route.integrations.serving.counts import PendingTokens, StepCounts
+from moe_route.integrations.serving.sites import Site
 
 _ALL_PLANES = (1 << len(STEERING_PLANES)) - 1
 
@@ -115,7 +115,7 @@ def _reroute_fake(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int)
     return None
 
 
-_library = torch.library.Library("moe_route_vllm", "FRAGMENT")
+_library = torch.library.Library("moe_route_serving", "FRAGMENT")
 _library.define("reroute(Tensor logits, Tensor(a!) weights, Tensor(b!) ids, int site_index) -> ()")
 _library.impl("reroute", _reroute, "CompositeExplicitAutograd")
-torch.library.register_fake("moe_route_vllm::reroute", _reroute_fake, lib=_library)
+torch.library.register_fake("moe_route_serving::reroute", _reroute_fake, lib=_library)

@@ -10,9 +10,9 @@ import torch
 from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import StatisticsTables
-from moe_route.integrations.vllm import operator
-from moe_route.integrations.vllm.counts import StepCounts
-from moe_route.integrations.vllm.sites import Site
+from moe_route.integrations.serving import operator
+from moe_route.integrations.serving.counts import StepCounts
+from moe_route.integrations.serving.sites import Site
 
 EXPERTS, TOP_K, LAYERS = 16, 3, 4
 SPECS = (RouterSpec(renormalize="sum"), RouterSpec(score="sigmoid", renormalize="sum", scale=2.5))
@@ -69,7 +69,7 @@ def test_counts_after_the_step_are_those_of_each_layer(tokens: int, dtype: torch
                 logits = torch.randn(tokens, EXPERTS, generator=generator).to(dtype)
                 weights, ids = ops.route(logits, TOP_K, site.spec)
                 given = logits.clone(), weights.clone(), ids.clone()
-                torch.ops.moe_route_vllm.reroute(logits, weights, ids, layer)
+                torch.ops.moe_route_serving.reroute(logits, weights, ids, layer)
                 assert all(one.equal(other) for one, other in zip(given, (logits, weights, ids), strict=True))
                 for one in (logits, weights, ids):
                     one.zero_()  # the engine uses the memory again
@@ -102,6 +102,6 @@ def test_a_step_that_needs_nothing_does_nothing() -> None:
     operator.set_work(operator.Work.NOTHING)
     logits = torch.randn(3, EXPERTS)
     weights, ids = ops.route(logits, TOP_K, SPECS[0])
-    torch.ops.moe_route_vllm.reroute(logits, weights, ids, 0)
+    torch.ops.moe_route_serving.reroute(logits, weights, ids, 0)
     assert made[0].reached == 1
     assert not made[0].statistics.groups.any()

@@ -2,8 +2,7 @@
 
 In a worker, ``PlanTables`` checks, compiles and writes them into steering tables whose addresses never change, and
 ``TokenValues`` gives what rules that look at single tokens need of a step. ``PlannedItems`` lets a front end refuse a
-request for which its plan has no values. ``Prefixes`` lets the engine core share cached prefixes only between requests
-that are steered alike.
+request for which its plan has no values. ``salt_of`` tells which requests are steered alike, and may share a prefix.
 """
 
 from __future__ import annotations
@@ -23,20 +22,18 @@ from moe_route.base import files
 from moe_route.base.devices import upload
 from moe_route.calls.call import PHASES
 from moe_route.contract.token_tables import BY_TOKEN, Placed, TokenTables, entries, join, starts
-from moe_route.integrations.vllm import operator
-from moe_route.integrations.vllm.answers import joined
-from moe_route.integrations.vllm.options import (
+from moe_route.integrations.serving import operator
+from moe_route.integrations.serving.options import (
     DEFAULT_PLAN,
     ITEM,
     PLAN,
     UNSTEERED,
-    WANTED,
     EngineNotSupportedError,
     Options,
     identity,
 )
-from moe_route.integrations.vllm.requests import Batch, PlanRows, Request, RequestTable, positions_of
-from moe_route.integrations.vllm.sites import Site, Stage, TokenNumbers
+from moe_route.integrations.serving.requests import Batch, PlanRows, Request, RequestTable, positions_of
+from moe_route.integrations.serving.sites import Site, Stage, TokenNumbers
 from moe_route.ops.token_rules import fitted, token_counter
 from moe_route.steering.compile import CompiledPlan
 from moe_route.steering.model import PlanError
@@ -112,14 +109,14 @@ class PlanTables:
         stage: Stage,
         device: torch.device,
         *,
-        captured: bool = False,
+        graphs_off: str | None = None,
     ):
         """``stage``: the place of the sites among the layers that plans name; ``device``: of ``layer_rows``.
 
-        ``captured``: whether steps may be replayed as CUDA graphs.
+        ``graphs_off``: where steps may be replayed as CUDA graphs, what starts the engine without them.
         """
         self.running: dict[str, CompiledPlan] = {}
-        self._sites, self._options, self._stage, self._captured = sites, options, stage, captured
+        self._sites, self._options, self._stage, self._graphs_off = sites, options, stage, graphs_off
         self.by_token = np.zeros(0, np.int64)
         self.draws = False
         self.sequence_tables: tuple[SequenceTable, ...] = ()
@@ -156,8 +153,8 @@ class PlanTables:
         refused = sorted({rule.kind for rule in made.rules if not rule.served})
         if refused:
             raise EngineNotSupportedError(
-                f"moe_route: vLLM cannot run rules of the kind {', '.join(refused)}, which call Python in every layer: "
-                "use mr.attach in transformers"
+                f"moe_route: an engine cannot run rules of the kind {', '.join(refused)}, which call Python in every "
+                "layer: use mr.attach in transformers"
             )
         layers = self._stage.layers
         made.check_model(model, config_hash=config_hash, num_experts=[layer.num_experts for layer in layers])
@@ -170,18 +167,18 @@ class PlanTables:
         wide = [table.layer for table in by_token if table.wide]
         if wide:
             raise EngineNotSupportedError(
-                f"moe_route: the plan has a top_k above the model's (layers {wide}), for which vLLM's kernels have no "
-                "slots: use mr.attach in transformers"
+                f"moe_route: the plan has a top_k above the model's (layers {wide}), for which the engine's kernels "
+                "have no slots: use mr.attach in transformers"
             )
-        if by_token and self._captured:
+        if by_token and self._graphs_off is not None:
             raise EngineNotSupportedError(
                 "moe_route: the plan has rules that look at single tokens (absent experts; drawn, replayed or given "
-                "choices and scores), which no CUDA graph can hold: start with --enforce-eager"
+                f"choices and scores), which no CUDA graph can hold: start with {self._graphs_off}"
             )
         if any(table.keys is None for table in compiled.sequence_tables):
             raise EngineNotSupportedError(
-                "moe_route: the plan has values for the rows of a batch, and vLLM forms its own batches: make it with "
-                "items=[...], and give each request its moe_route_item"
+                "moe_route: the plan has values for the rows of a batch, and an engine forms its own batches: make it "
+                "with items=[...], and give each request its moe_route_item"
             )
         tables = [*compiled.tables]
         for layer, site in enumerate(self._sites, self._stage.first):
@@ -311,9 +308,9 @@ class PlannedItems:
         tables = [(rule.groups, rule.table) for rule in made.rules if isinstance(rule.table, SequenceTable)]
         self._known[name] = [(of_groups, frozenset(table.keys or ())) for of_groups, table in tables]
 
-    def error(self, params: Any) -> str | None:
-        """What is wrong with a request, by its sampling parameters: its plan has no values for its item. Or None."""
-        plan, group, item = identity(params, self._options)
+    def error(self, arguments: Mapping[str, Any] | None) -> str | None:
+        """What is wrong with a request, by its arguments: its plan has no values for its item. Or None."""
+        plan, group, item = identity(arguments, self._options)
         for groups, keys in self._known.get(plan, ()):
             if groups is not None and group not in groups:
                 continue
@@ -327,9 +324,7 @@ class PlannedItems:
         return None
 
 
-# ---- who may share a cached prefix: requests whose tokens are steered alike, by the salt of vLLM's block hashes
-#
-# This runs in the engine core, which owns the cache. Workers, which own the plans, say what steers a request.
+# ---- who may share a cached prefix: requests whose tokens are steered alike
 
 
 class Steered(NamedTuple):
@@ -368,55 +363,24 @@ def _digest(content: Any) -> str:
     return hashlib.blake2b(files.canonical_json(content).encode(), digest_size=16).hexdigest()
 
 
-class Prefixes:
-    """The salts of one engine core's requests."""
+def salt_of(steered: Steered | None, prompt: int, item: str | int | None, epoch: int) -> str:
+    """What a request may share a cached prefix by; "" with every request that is not steered.
 
-    def __init__(self, core: Any, options: Options):
-        self._core, self._options = core, options
-        self._workers: Workers | None = None  # None: ask them
-        self._epoch = 0
+    ``prompt``: its length in tokens. ``epoch``: how often plans changed while requests ran, whose blocks then hold what
+    several plans made.
+    """
+    if steered is None:
+        return f":{epoch}" if epoch else ""
+    parts = [str(epoch), steered.digest]
+    if steered.by_phase:
+        parts.append(str(prompt))
+    if steered.by_item:
+        parts.append(_digest(item))
+    return ":".join(["", *parts])
 
-    def prepare(self, request: Any) -> None:
-        """Salt a request that has no computed token yet, and keep it from the cache if it is to be counted in full."""
-        if self._workers is None:
-            self._workers = joined(self._core.model_executor.collective_rpc("moe_route_prefixes"))[0]
-        plan, group, item = identity(request.sampling_params, self._options)
-        steered = self._workers.steered.get((plan, group))
-        params = request.sampling_params
-        asks = bool(((params and params.extra_args) or {}).get(WANTED))  # for its experts, and cached tokens have none
-        counted = self._options.count_cached and self._workers.counts and group is not None
-        request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache() or asks or counted
-        self._salt(request, self._salt_of(steered, request.num_prompt_tokens, item))
 
-    def _salt_of(self, steered: Steered | None, prompt: int, item: str | int | None) -> str:
-        if steered is None:
-            return f":{self._epoch}" if self._epoch else ""  # shares with every request that is not steered
-        parts = [str(self._epoch), steered.digest]
-        if steered.by_phase:
-            parts.append(str(prompt))
-        if steered.by_item:
-            parts.append(_digest(item))
-        return ":".join(["", *parts])
-
-    def _salt(self, request: Any, salt: str) -> None:
-        own = vars(request).setdefault("moe_route_own_salt", request.cache_salt) or ""
-        # with its length, and wherever it looks like one of ours, so that no request can make up the salt of another
-        wanted = f"{_MARK}{len(own)}:{own}{salt}" if salt or _MARK in own else own or None
-        if wanted != request.cache_salt:
-            request.cache_salt = wanted
-            request.block_hashes.clear()
-            request.update_block_hashes()
-
-    def called(self, verb: str) -> None:
-        """A verb of moe_route ran on the workers: plans or recordings may have changed.
-
-        Requests that run keep the cache blocks of their salt: what they add to them from now on is steered otherwise,
-        so later requests get a new salt. Requests that are waiting get theirs anew.
-        """
-        self._workers = None
-        running = list(self._core.scheduler.requests.values())
-        if verb == "steer" and running:
-            self._epoch += 1
-        for request in running:
-            if not request.num_computed_tokens:
-                self.prepare(request)
+def marked_salt(own: str | None, salt: str) -> str | None:
+    """The salt of a request that brings ``own``, and shares by ``salt``."""
+    own = own or ""
+    # with its length, and wherever it looks like one of ours, so that no request can make up the salt of another
+    return f"{_MARK}{len(own)}:{own}{salt}" if salt or _MARK in own else own or None
