@@ -21,7 +21,7 @@ class FewExperts {
   using T = typename F::Scalar;
   static bool serves(const GateArgs& args) {
     return args.experts <= kFewExperts && args.k <= kFewSlots && args.given.mode == GivenMode::kNone &&
-           args.spec.groups == 1 && !args.correction_bias && weighs_in_lanes(args);
+           args.spec.groups == 1 && args.spec.softcap == 0 && !args.correction_bias && weighs_in_lanes(args);
   }
 
   FewExperts(const GateArgs& args, int64_t rows, bool scores)

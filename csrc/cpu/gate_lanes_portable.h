@@ -181,6 +181,10 @@ inline Lanes<T> log(const Lanes<T>& x) {
   return Lanes<T>::map([&](int i) { return math::log(x.lane[i]); });
 }
 template <class T>
+inline Lanes<T> tanh(const Lanes<T>& x) {
+  return Lanes<T>::map([&](int i) { return math::tanh(x.lane[i]); });
+}
+template <class T>
 inline Lanes<T> sigmoid(const Lanes<T>& x) {
   return Lanes<T>::map([&](int i) { return math::sigmoid(x.lane[i]); });
 }

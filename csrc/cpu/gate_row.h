@@ -395,6 +395,17 @@ class RowGate {
   }
 
   const T* load(const Workspace<F>& work, int64_t t) const {
+    const T* row = load_row(work, t);
+    return args_.spec.softcap == 0 ? row : cap(row, work.raw);
+  }
+
+  [[gnu::noinline]] const T* cap(const T* row, T* capped) const {
+    const F by(T(args_.spec.softcap));
+    for (int e = 0; e < args_.experts; e += kLanes) (tanh(F::load(row + e) / by) * by).store(capped + e);
+    return capped;
+  }
+
+  const T* load_row(const Workspace<F>& work, int64_t t) const {
     const int64_t first = t * args_.row_stride;
     switch (args_.logits_type) {
       case DType::kBFloat16:
