@@ -114,6 +114,7 @@ class RouterSpec(_Packed):
     @staticmethod
     def from_packed(policy: int, *numbers: float) -> RouterSpec:
         """Rebuild a spec from its ``policy`` and ``numbers``; operators do not take ``weight_dtype``, so it is lost."""
+        values: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
         return RouterSpec(
             score=SCORES[policy & 15],  # type: ignore[arg-type]
             order=ORDERS[policy >> 4 & 1],  # type: ignore[arg-type]
@@ -121,7 +122,7 @@ class RouterSpec(_Packed):
             top_groups=policy >> 32 & 0xFFFF,
             group_score=GROUP_SCORES[policy >> 5 & 1],  # type: ignore[arg-type]
             renormalize=RENORMALIZATIONS[policy >> 6 & 7],  # type: ignore[arg-type]
-            **dict(zip(NUMBERS, numbers, strict=True)),
+            **values,
         )
 
 
