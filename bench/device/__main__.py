@@ -17,8 +17,8 @@ from bench.cpu.dispatch import Shape as DispatchShape
 from bench.device import chain, dispatch, environment, floors, gate, layers, model, place, predictions, sweep, targets
 from bench.device.shapes import MODELS, ModelShape
 from moe_route.bench import results
-from moe_route.bench.gate import Shape as GateShape
 from moe_route.bench.results import BenchmarkResults, Fact, Measured, Row, Target
+from moe_route.bench.timing import Shape as GateShape
 from moe_route.bench.timing import race
 
 BF16, F32 = torch.bfloat16, torch.float32

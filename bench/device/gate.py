@@ -9,8 +9,8 @@ import torch
 from bench.device import floors
 from bench.device.place import GRAPH, Place
 from moe_route import _C, ops
-from moe_route.bench.gate import SPEC, Gate, Shape
-from moe_route.bench.timing import Contender, Race, race
+from moe_route.bench.gate import SPEC, Gate
+from moe_route.bench.timing import Contender, Race, Shape, race
 from moe_route.contract.spec import ORDERS, RENORMALIZATIONS, SCORES
 
 FULL = ("counts", "probability", "weight")

@@ -84,6 +84,7 @@ SPECS = (
     ops.RouterSpec(score="sigmoid", renormalize="sum", eps=1e-20, scale=2.5),
     ops.RouterSpec(score="sqrt_softplus", renormalize="sum", eps=1e-20),
     ops.RouterSpec(score="identity", renormalize="norm", norm_p=2.0),
+    ops.RouterSpec(score="sigmoid", renormalize="sum", softcap=2.0),
 )
 GROUPED = ops.RouterSpec(score="sigmoid", renormalize="sum", eps=1e-20, groups=8, top_groups=4)
 # Experts and k: powers of two or not, one register a lane or many, and the widest there are.

@@ -52,6 +52,7 @@ MODELS = (
         biased=True,
     ),
     ModelShape("Kimi-K2", 384, 8, 7168, _sigmoid(scale=2.827), biased=True),
+    ModelShape("Kimi-K3", 896, 16, 3584, _sigmoid(), biased=True),  # the width of its experts, which are latent
     ModelShape("Qwen3-Next-80B-A3B", 512, 10, 2048, _SUM, _BF16),
 )
 

@@ -12,9 +12,9 @@ from bench.cpu.dispatch import Shape as DispatchShape
 from bench.device import dispatch, gate
 from bench.device.place import Place
 from moe_route import _C, ops
-from moe_route.bench.gate import Shape as GateShape
 from moe_route.bench.results import Fact
 from moe_route.bench.timing import Contender, race
+from moe_route.bench.timing import Shape as GateShape
 
 SECTION = "Sweep of tunables"
 BF16, F32 = torch.bfloat16, torch.float32

@@ -8,9 +8,9 @@ import torch
 
 from bench.cpu.dispatch import Shape as DispatchShape
 from bench.device import dispatch, gate
-from moe_route.bench.gate import Shape as GateShape
 from moe_route.bench.results import Target
 from moe_route.bench.timing import Race
+from moe_route.bench.timing import Shape as GateShape
 
 FEW_TOKENS, MANY_TOKENS = 1024, 65536
 Gates = Mapping[tuple[str, GateShape], Race]

@@ -112,6 +112,7 @@ def _gates() -> Iterator[tuple[Gate, tuple[int, ...]]]:
             yield replace(level, experts=experts, k=k), ends
     for experts in (384, 1024):
         yield replace(plain, experts=experts), ends
+    yield replace(plain, experts=896, k=16, spec=sigmoid, corrected=True), ends  # Kimi K3
 
 
 def _dispatch(tokens: int, experts: int = 128, k: int = 8) -> Case:

@@ -13,9 +13,6 @@
 namespace moe_route::cpu {
 namespace {
 
-// Calls of fewer rows take each by itself: there is too little to share.
-inline constexpr int64_t kSideBySide = 12;
-
 // Green's network: 60 exchanges, larger values first.
 struct Exchange {
   int8_t first, second;

@@ -29,11 +29,11 @@ class Tally {
         experts_(experts),
         width_(kStatScalars + __builtin_popcount(tables.planes) * experts),
         sums_(arena.take<int64_t>(room(experts))) {
-    for (int64_t i = 0; i < width_ + kLanes; ++i) sums_[i] = 0;
+    clear(width_ + kLanes);
     counts_ = plane(kCounts), mass_ = plane(kMass), weight_ = plane(kWeight);
     share_ = plane(kShare), natural_ = plane(kNaturalCounts);
   }
-  ~Tally() { flush(); }
+  ~Tally() { add_to_tables(); }
   Tally(const Tally&) = delete;
   Tally& operator=(const Tally&) = delete;
 
@@ -52,7 +52,7 @@ class Tally {
     if (!tables_.segments || segment >= tables_.num_segments) segment = -1;
     if (group == group_ && segment == segment_) return;
     add_scores();
-    flush();
+    if (add_to_tables()) clear(width_);
     group_ = group, segment_ = segment;
   }
 
@@ -162,12 +162,13 @@ class Tally {
     for (int64_t i = 0; i < width; ++i) row[i] += sums[i];
   }
 
-  void flush() {
-    if (group_ < 0 && segment_ < 0) return;
+  // Says whether there was anything.
+  bool add_to_tables() const {
     if (group_ >= 0) add(tables_.groups + group_ * width_, sums_, width_);
     if (segment_ >= 0) add(tables_.segments + segment_ * width_, sums_, width_);
-    for (int64_t i = 0; i < width_; ++i) sums_[i] = 0;
+    return group_ >= 0 || segment_ >= 0;
   }
+  void clear(int64_t width) const { __builtin_memset(sums_, 0, size_t(width) * sizeof(int64_t)); }
 
   const GateStatistics& tables_;
   const int experts_;

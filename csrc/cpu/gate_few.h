@@ -8,25 +8,26 @@
 #pragma once
 #include "gate_block.h"
 #include "gate_count.h"
+#include "gate_widths.h"
 
 namespace moe_route::cpu {
 namespace {
-
-inline constexpr int kFewExperts = 32;
-inline constexpr int kFewSlots = 4;
 
 template <class F>
 class FewExperts {
  public:
   using T = typename F::Scalar;
   static bool serves(const GateArgs& args) {
-    return args.experts <= kFewExperts && args.k <= kFewSlots && args.given.mode == GivenMode::kNone &&
-           args.spec.groups == 1 && !args.correction_bias && weighs_in_lanes(args);
+    constexpr Widths kWidths = widths_of(F::kSet);
+    static_assert(kWidths.few_experts <= kFewExperts && kWidths.few_slots <= kFewSlots);
+    return args.experts <= kWidths.few_experts && args.k <= kWidths.few_slots &&
+           args.given.mode == GivenMode::kNone && args.spec.groups == 1 && args.spec.softcap == 0 &&
+           !args.correction_bias && weighs_in_lanes(args);
   }
 
   FewExperts(const GateArgs& args, int64_t rows, bool scores)
       : args_(args),
-        serves_(F::kTransposes && rows >= kLanes && serves(args)),
+        serves_(F::kTransposes && rows >= widths_of(F::kSet).few_rows && serves(args)),
         scores_(scores),
         softmax_(args.spec.score == Score::kSoftmax),
         over_chosen_(softmax_over_chosen<F>(args.spec, nullptr)) {

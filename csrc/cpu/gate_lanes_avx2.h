@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "moe_route/gate.h"
 #include "moe_route/key.h"
 #include "moe_route/math.h"
 
@@ -62,6 +63,7 @@ struct Lanes {
   using Fixed = FixedSums;
   using Mask = cpu::Mask;
   using Keys = SortKeys;
+  static constexpr InstructionSet kSet = InstructionSet::kAvx2;
   static constexpr bool kTransposes = true;
   __m256 low, high;
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "avx512_intrinsics.h"
+#include "moe_route/gate.h"
 #include "moe_route/key.h"
 #include "moe_route/math.h"
 
@@ -46,6 +47,7 @@ struct Lanes {
   using Fixed = FixedSums;
   using Mask = cpu::Mask;
   using Keys = SortKeys;
+  static constexpr InstructionSet kSet = InstructionSet::kAvx512;
   static constexpr bool kTransposes = true;
   __m512 v;
 

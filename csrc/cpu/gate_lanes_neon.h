@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "moe_route/gate.h"
 #include "moe_route/key.h"
 #include "moe_route/math.h"
 
@@ -78,6 +79,7 @@ struct Lanes {
   using Scalar = float;
   using Int = Ints;
   using Fixed = FixedSums;
+  static constexpr InstructionSet kSet = InstructionSet::kNeon;
   static constexpr bool kTransposes = false;
   using Mask = cpu::Mask;
   float32x4_t quad[4];

@@ -11,12 +11,14 @@
 // - order_keys: key.h's keys, lane by lane
 // - append: the masked lanes to the end of a list, in lane order
 // - Fixed: 16 int64 sums; add takes lanes within +-2^51, rounded to the nearest even integer
+// - kSet: its row of gate_widths.h
 // - kTransposes: rows can be turned into lanes, for gate_block.h and gate_few.h. Then it has transpose,
 //   transpose_pairs, zip, to_int, pair (eight lanes of two rows) and Keys (key.h's keys with an index) as well;
 //   portable has not: it takes each row by itself, and the others are tested against it
 #pragma once
 #include <cstdint>
 
+#include "moe_route/gate.h"
 #include "moe_route/key.h"
 #include "moe_route/math.h"
 
@@ -73,6 +75,7 @@ struct PortableLanes {
   using Int = PortableInts<typename IntOf<T>::Type>;
   using Mask = PortableMask;
   using Fixed = PortableFixedSums;
+  static constexpr InstructionSet kSet = InstructionSet::kPortable;
   static constexpr bool kTransposes = false;
   T lane[16];
 
@@ -179,6 +182,10 @@ inline Lanes<T> exp_nonpositive(const Lanes<T>& x) {
 template <class T>
 inline Lanes<T> log(const Lanes<T>& x) {
   return Lanes<T>::map([&](int i) { return math::log(x.lane[i]); });
+}
+template <class T>
+inline Lanes<T> tanh(const Lanes<T>& x) {
+  return Lanes<T>::map([&](int i) { return math::tanh(x.lane[i]); });
 }
 template <class T>
 inline Lanes<T> sigmoid(const Lanes<T>& x) {

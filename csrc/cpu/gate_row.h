@@ -10,11 +10,14 @@
 // next. Where lanes can be transposed, steps that fold or sort take sixteen rows at once, one row a lane
 // (gate_block.h), and few experts go from load to count that way (gate_few.h).
 #pragma once
+#include <new>
+
 #include "gate_block.h"
 #include "gate_count.h"
 #include "gate_few.h"
 #include "gate_force.h"
 #include "gate_given.h"
+#include "gate_widths.h"
 
 namespace moe_route::cpu {
 namespace {
@@ -115,7 +118,7 @@ class RowGate {
       : args_(args),
         given_(args),
         block_(block_of(args.experts, rows)),
-        side_by_side_(F::kTransposes && rows >= kSideBySide),
+        side_by_side_(F::kTransposes && rows >= widths_of(F::kSet).side_by_side),
         vectors_(vectors_of(args.experts)),
         logit_bytes_(sizeof(T) == 8                        ? 8
                      : args.logits_type == DType::kFloat32 ? 4
@@ -126,7 +129,10 @@ class RowGate {
         softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)),
         weights_(args),
         few_(args, rows, tally_.wants_scores()) {
-    for (int i = 0; i < block_; ++i) block_rows_[i].work = Workspace<F>(arena, args.experts);
+    for (int i = 0; i < block_; ++i) {
+      new (&block_rows_[i]) Row<F>;
+      block_rows_[i].work = Workspace<F>(arena, args.experts);
+    }
     if (side_by_side_) spread_.clear(), scores_.clear(), weights_.clear();
     for (ForceStore& force : force_) force = ForceStore(arena, args.experts);
   }
@@ -395,6 +401,17 @@ class RowGate {
   }
 
   const T* load(const Workspace<F>& work, int64_t t) const {
+    const T* row = load_row(work, t);
+    return args_.spec.softcap == 0 ? row : cap(row, work.raw);
+  }
+
+  [[gnu::noinline]] const T* cap(const T* row, T* capped) const {
+    const F by(T(args_.spec.softcap));
+    for (int e = 0; e < args_.experts; e += kLanes) (tanh(F::load(row + e) / by) * by).store(capped + e);
+    return capped;
+  }
+
+  const T* load_row(const Workspace<F>& work, int64_t t) const {
     const int64_t first = t * args_.row_stride;
     switch (args_.logits_type) {
       case DType::kBFloat16:
@@ -560,7 +577,9 @@ class RowGate {
   BlockRanks<F> ranks_;
   BlockWeights<F> weights_;
   FewExperts<F> few_;
-  Row<F> block_rows_[kMaxBlock];
+  union {  // of which a call sets up as many as it has use for
+    Row<F> block_rows_[kMaxBlock];
+  };
 };
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace moe_route::cpu {
 namespace {
 
 using math::abs, math::as_int, math::exp_nonpositive, math::fma, math::log, math::select, math::sigmoid,
-    math::sqrt, math::sqrt_softplus;
+    math::sqrt, math::sqrt_softplus, math::tanh;
 
 inline constexpr int kLanes = 16;
 inline constexpr int kMaxSlots = 64;

@@ -18,7 +18,7 @@ Level level_of(const GateArgs& args) {
   const GateSteering& steering = args.steering;
   const bool steers = steering.rows > 0;
   if (args.given.mode != GivenMode::kNone || args.spec.score == Score::kSparseMixer ||
-      (statistics.planes & kNaturalCounts) ||
+      args.spec.softcap != 0 || (statistics.planes & kNaturalCounts) ||
       (steers && (steering.remap != nullptr || (steering.planes & ~kSoftPlanes)))) {
     return Level::kFull;
   }

@@ -186,6 +186,12 @@ class RowGate {
     } else {
       load_as<__half>([](__half x) { return __half2float(x); });
     }
+    if constexpr (kFull) {
+      const float cap = args_.spec.softcap;
+      if (cap == 0) return;
+      for_each_expert<kValues>(args_.experts,
+                               [&](int i, int) { values_[i] = math::tanh(values_[i] / cap) * cap; });
+    }
   }
 
   // Scores are compared only where they are not a monotone function of the logit, so that scores that collide

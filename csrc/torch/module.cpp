@@ -117,6 +117,7 @@ constexpr Field kFields[] = {
     {"norm_p", [](GateArgs& a, Value v) { set(a.spec.norm_p, v); }},
     {"scale", [](GateArgs& a, Value v) { set(a.spec.scale, v); }},
     {"jitter", [](GateArgs& a, Value v) { set(a.spec.jitter, v); }},
+    {"softcap", [](GateArgs& a, Value v) { set(a.spec.softcap, v); }},
     {"correction_bias", [](GateArgs& a, Value v) { set(a.correction_bias, v); }},
     {"expert_scale", [](GateArgs& a, Value v) { set(a.expert_scale, v); }},
     {"steering", [](GateArgs& a, Value v) { set(a.steering.tables, v); }},

@@ -25,7 +25,7 @@ constexpr int kEntropyBit = 16;
 // `policy` packs the discrete part of a RouterSpec (moe_route/contract/spec.py packs it):
 //   bits 0-3 score, 4 order, 5 group_score, 6-8 renormalize, 16-31 groups, 32-47 top_groups
 GateSpec unpack_spec(int64_t policy, int64_t experts, double group_fill, double eps, double norm_p,
-                     double scale, double jitter) {
+                     double scale, double jitter, double softcap) {
   GateSpec spec;
   const auto bits = static_cast<uint64_t>(policy);
   const uint64_t score = bits & 15, renormalize = bits >> 6 & 7;
@@ -50,6 +50,7 @@ GateSpec unpack_spec(int64_t policy, int64_t experts, double group_fill, double 
   spec.norm_p = static_cast<float>(norm_p);
   spec.scale = static_cast<float>(scale);
   spec.jitter = static_cast<float>(jitter);
+  spec.softcap = static_cast<float>(softcap);
   return spec;
 }
 
@@ -163,7 +164,7 @@ Tensor allocate_weights(const GateArgs& args, const Place& place) {
 std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, int64_t policy, const MaybeTensor& tokens,
                                  const MaybeTensor& group_statistics, int64_t statistics,
                                  const MaybeTensor& segment_statistics, double group_fill, double eps,
-                                 double norm_p, double scale, double jitter,
+                                 double norm_p, double scale, double jitter, double softcap,
                                  const MaybeTensor& correction_bias, const MaybeTensor& expert_scale,
                                  const MaybeTensor& steering, int64_t steering_planes,
                                  const MaybeTensor& row_params, const MaybeTensor& remap,
@@ -174,7 +175,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, int64_t policy
   const Place place = place_of("logits", logits);
   const Tensor rows = fill_logits(args, logits, k, tokens, place);
   const int64_t experts = args.experts;
-  args.spec = unpack_spec(policy, experts, group_fill, eps, norm_p, scale, jitter);
+  args.spec = unpack_spec(policy, experts, group_fill, eps, norm_p, scale, jitter, softcap);
   args.correction_bias = float_table("correction_bias", correction_bias, {experts}, place);
   args.expert_scale = float_table("expert_scale", expert_scale, {experts}, place);
   args.steering = steering_of(steering, steering_planes, row_params, remap, experts, place);
@@ -191,14 +192,14 @@ std::tuple<Tensor, Tensor> route(const Tensor& logits, int64_t k, int64_t policy
 void observe(const Tensor& logits, const Tensor& ids, const MaybeTensor& weights, int64_t policy,
              const MaybeTensor& tokens, const MaybeTensor& group_statistics, int64_t statistics,
              const MaybeTensor& segment_statistics, double group_fill, double eps, double norm_p,
-             double scale, double jitter, const MaybeTensor& expert_scale) {
+             double scale, double jitter, double softcap, const MaybeTensor& expert_scale) {
   GateArgs args;
   GivenTensors given;
   if (ids.dim() != 2) refuse("ids have shape ", shape_text(ids), "; they must be [tokens, k]");
   const int64_t k = ids.size(1);
   const Place place = place_of("logits", logits);
   const Tensor rows = fill_logits(args, logits, k, tokens, place);
-  args.spec = unpack_spec(policy, args.experts, group_fill, eps, norm_p, scale, jitter);
+  args.spec = unpack_spec(policy, args.experts, group_fill, eps, norm_p, scale, jitter, softcap);
   args.expert_scale = float_table("expert_scale", expert_scale, {args.experts}, place);
   args.given =
       given_of(given, ids, weights, static_cast<int64_t>(GivenMode::kNatural), args.tokens, k, place);
@@ -212,7 +213,7 @@ void observe_layers(const std::vector<Tensor>& logits, const std::vector<Tensor>
                     const std::vector<Tensor>& weights, int64_t policy, const MaybeTensor& tokens,
                     const std::vector<Tensor>& group_statistics, int64_t statistics,
                     const std::vector<Tensor>& segment_statistics, double group_fill, double eps,
-                    double norm_p, double scale, double jitter) {
+                    double norm_p, double scale, double jitter, double softcap) {
   const size_t layers = logits.size();
   for (const auto* list : {&ids, &weights, &group_statistics, &segment_statistics}) {
     const bool absent = list == &segment_statistics && list->empty();
@@ -222,21 +223,21 @@ void observe_layers(const std::vector<Tensor>& logits, const std::vector<Tensor>
   for (size_t layer = 0; layer < layers; ++layer) {
     const MaybeTensor segments = segment_statistics.empty() ? MaybeTensor{} : segment_statistics[layer];
     observe(logits[layer], ids[layer], weights[layer], policy, tokens, group_statistics[layer], statistics,
-            segments, group_fill, eps, norm_p, scale, jitter, std::nullopt);
+            segments, group_fill, eps, norm_p, scale, jitter, softcap, std::nullopt);
   }
 }
 
 Tensor route_weights(const Tensor& logits, const Tensor& ids, int64_t policy, const MaybeTensor& tokens,
                      double group_fill, double eps, double norm_p, double scale, double jitter,
-                     const MaybeTensor& expert_scale, const MaybeTensor& steering, int64_t steering_planes,
-                     const MaybeTensor& row_params) {
+                     double softcap, const MaybeTensor& expert_scale, const MaybeTensor& steering,
+                     int64_t steering_planes, const MaybeTensor& row_params) {
   GateArgs args;
   GivenTensors given;
   if (ids.dim() != 2) refuse("ids have shape ", shape_text(ids), "; they must be [tokens, k]");
   const int64_t k = ids.size(1);
   const Place place = place_of("logits", logits);
   const Tensor rows = fill_logits(args, logits, k, tokens, place);
-  args.spec = unpack_spec(policy, args.experts, group_fill, eps, norm_p, scale, jitter);
+  args.spec = unpack_spec(policy, args.experts, group_fill, eps, norm_p, scale, jitter, softcap);
   args.expert_scale = float_table("expert_scale", expert_scale, {args.experts}, place);
   args.steering = steering_of(steering, steering_planes, row_params, std::nullopt, args.experts, place);
   args.given =

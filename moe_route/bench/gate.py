@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
 from moe_route import ops
 from moe_route.bench.results import Measured, Target, rows
-from moe_route.bench.timing import Contender, Effort, Pool, Race, race
+from moe_route.bench.timing import Contender, Effort, Pool, Race, Shape, race
 from moe_route.ops import library
 
 SPEC = ops.RouterSpec(score="softmax", renormalize="sum")
-TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One gate: `tokens` rows of logits over `experts` experts, of which `k` are chosen."""
-
-    experts: int = 128
-    k: int = 8
-    dtype: torch.dtype = torch.float32
-    tokens: int = TOKENS
-
-    @property
-    def title(self) -> str:
-        return f"E={self.experts} k={self.k} T={self.tokens} {str(self.dtype).removeprefix('torch.')}"
-
 
 # Experts and top-k of public models; the last one goes beyond them.
 MODELS = {
@@ -42,10 +26,13 @@ MODELS = {
     "Kimi-K2": (384, 8),
     "512 experts": (512, 8),
 }
+KIMI_K3 = (896, 16)  # routes by a sigmoid with a correction bias, its rows do too
 IN_BFLOAT16 = ("Mixtral-8x7B", "OLMoE-1B-7B", "Qwen3-30B-A3B", "DeepSeek-V3")
 SHAPES: Sequence[Shape] = (
     *(Shape(experts, k) for experts, k in MODELS.values()),
+    Shape(*KIMI_K3, score="sigmoid", biased=True),
     *(Shape(*MODELS[name], torch.bfloat16) for name in IN_BFLOAT16),
+    Shape(*KIMI_K3, torch.bfloat16, score="sigmoid", biased=True),
 )
 
 READ = "read the logits"
@@ -65,12 +52,17 @@ class Gate:
 
     def __init__(self, shape: Shape, logits: Pool | None = None):
         self.shape = shape
+        self.spec = replace(SPEC, score=shape.score)
         self.logits = Pool((shape.tokens, shape.experts), shape.dtype) if logits is None else logits
         self.device = self.logits[0].device
+        generator = torch.Generator().manual_seed(1)
+        bias = torch.randn(shape.experts, generator=generator).to(self.device) * 0.1
+        self.bias = bias if shape.biased else None
         self.torch_counts = torch.zeros(shape.experts, dtype=torch.int64, device=self.device)
         self.torch_mass = torch.zeros(shape.experts, device=self.device)
         self.std = torch.zeros(1, shape.experts, device=self.device)
         self.std[0, : max(1, min(4, shape.experts // 4))] = 0.5
+        self.forced = 1 % shape.experts, 2 % shape.experts  # on, off
 
     def torch_gate(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._torch(self.logits[index])
@@ -88,16 +80,22 @@ class Gate:
         z = self.logits[index].float()
         low, high = torch.aminmax(z, dim=-1)
         z = z.clone()
-        z[:, 1], z[:, 2] = high, low
+        on, off = self.forced
+        z[:, on], z[:, off] = high, low
         return self._torch(z)
 
     def _torch(self, logits: torch.Tensor, *, mass: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        weights, ids = torch.topk(scores, self.shape.k, dim=-1)
+        softmax = self.shape.score == "softmax"
+        scores = torch.softmax(logits, dim=-1, dtype=torch.float32) if softmax else torch.sigmoid(logits.float())
+        if self.bias is None:
+            weights, ids = torch.topk(scores, self.shape.k, dim=-1)
+        else:
+            ids = torch.topk(scores + self.bias, self.shape.k, dim=-1).indices
+            weights = scores.gather(1, ids)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         self.count(ids)
         if mass:
-            self.torch_mass += scores.sum(0)
+            self.torch_mass += (scores if softmax else scores / scores.sum(dim=-1, keepdim=True)).sum(0)
         return weights, ids
 
     def count(self, ids: torch.Tensor) -> None:
@@ -116,7 +114,13 @@ class Gate:
 
         def contender(index: int) -> tuple[torch.Tensor, torch.Tensor]:
             return ops.route(
-                self.logits[index], self.shape.k, SPEC, steering=steering, tokens=tokens, statistics=statistics
+                self.logits[index],
+                self.shape.k,
+                self.spec,
+                correction_bias=self.bias,
+                steering=steering,
+                tokens=tokens,
+                statistics=statistics,
             )
 
         return contender
@@ -128,7 +132,8 @@ class Gate:
     def forced_steering(self) -> ops.SteeringTables:
         """One expert forced on, one off [arXiv 2510.04694 eq. 5]."""
         force = torch.zeros(1, self.shape.experts, device=self.device)
-        force[0, 1], force[0, 2] = float(ops.Force.ON_PAPER), float(ops.Force.OFF_PAPER)
+        on, off = self.forced
+        force[0, off], force[0, on] = float(ops.Force.OFF_PAPER), float(ops.Force.ON_PAPER)
         return ops.SteeringTables(1, self.shape.experts, force=force)
 
     def read(self, index: int) -> torch.Tensor:
@@ -153,10 +158,10 @@ class Gate:
 
 
 def measure(effort: Effort) -> Measured:
-    """Every shape, with the targets of the usual one."""
+    """Every shape, with the targets of the usual one; or the one shape that is asked for."""
     measured = Measured()
-    for shape in SHAPES:
-        run = race(Gate(shape).contenders(), rounds=effort.rounds)
+    for shape in SHAPES if effort.shape is None else (effort.shape,):
+        run = race(Gate(shape).contenders(), rounds=effort.rounds, within=effort.within)
         measured.rows += rows("Gate", shape.title, run, peers=PEERS, floors=dict.fromkeys(PEERS, READ))
         if shape == Shape():
             measured.targets += targets(shape, run, library.instruction_set())
@@ -188,10 +193,11 @@ def targets(shape: Shape, run: Race, instruction_set: str) -> list[Target]:
 
 def measure_one_row(effort: Effort) -> Measured:
     """A call of one row, which is what decoding has; more rounds, for such calls are short."""
-    shape = Shape(tokens=1)
+    shape = replace(effort.shape or Shape(), tokens=1)
     contenders = {name: call for name, call in Gate(shape).contenders().items() if name in ONE_ROW}
-    run = race(contenders, rounds=effort.rounds * 5, warmup=10, burst=20)
+    run = race(contenders, rounds=effort.rounds * 5, warmup=10, burst=20, within=effort.within)
     ratio = run.ratio("torch", "route + counts")
     target = Target(f"{shape.title}: a call of route with counts", "<= 1/2 of torch's", f"1/{ratio:.2f}", ratio >= 2)
     peers = {name: PEERS[name] for name in ONE_ROW if name in PEERS}
-    return Measured(rows("One row a call", shape.title, run, peers=peers), targets=[target])
+    targets = [target] if effort.shape is None else []
+    return Measured(rows("One row a call", shape.title, run, peers=peers), targets=targets)

@@ -120,6 +120,10 @@ def measure(
     from moe_route.ops import library
 
     options = f"--rounds {effort.rounds} --threads {torch.get_num_threads()}{' --quick' if effort.quick else ''}"
+    if effort.shape is not None:
+        one = effort.shape
+        dtype = str(one.dtype).removeprefix("torch.")
+        options += f" --experts {one.experts} --top-k {one.k} --tokens {one.tokens} --dtype {dtype}"
     command = f"{program} --sections {' '.join(names)} {options}"
     by_file: dict[str, Measured] = {}
     family = library.instruction_set().removesuffix("_bf16")

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from math import inf
+from typing import Literal, Protocol
 
 import torch
 
@@ -63,11 +64,37 @@ def clock_of_threads() -> ThreadTime | WallTime:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """One gate: `tokens` rows of logits over `experts` experts, of which `k` are chosen, and how its router chooses.
+
+    `biased`: a correction bias takes part in the choice.
+    """
+
+    experts: int = 128
+    k: int = 8
+    dtype: torch.dtype = torch.float32
+    tokens: int = 4096
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    biased: bool = False
+
+    @property
+    def title(self) -> str:
+        kind = "" if self.score == "softmax" else f" {self.score}"
+        bias = " with bias" if self.biased else ""
+        return f"E={self.experts} k={self.k} T={self.tokens} {str(self.dtype).removeprefix('torch.')}{kind}{bias}"
+
+
+@dataclass(frozen=True)
 class Effort:
-    """How much is measured: calls of each contender, and whether large cases are left out to end within minutes."""
+    """How much is measured: calls of each contender, and whether large cases are left out to end within minutes.
+
+    With `shape` the gate is measured in that one shape alone, within `within` seconds.
+    """
 
     rounds: int = 60
     quick: bool = False
+    shape: Shape | None = None
+    within: float = inf
 
 
 @dataclass(frozen=True)
@@ -115,10 +142,12 @@ def race(
     burst: int = 1,
     around: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
     clock: Clock | None = None,
+    within: float = inf,
 ) -> Race:
     """Time every contender once a round, in an order drawn anew each round; no two calls in a row share an input.
 
     `burst` calls make one measurement, for calls too short for the clock (which takes 0.6 us to read).
+    No round begins `within` seconds after the first, but for the two that quartiles need.
     `around[name]()` is entered before and left after each call of that contender, outside the time that is taken.
 
     A repeated input would be learnt by the branch predictor and kept by the cache, which makes a gate look four to
@@ -128,8 +157,10 @@ def race(
     names = list(contenders)
     timers = {name: clock.timer(contender) for name, contender in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    turn, order = 0, random.Random(0)
+    turn, order, started = 0, random.Random(0), time.monotonic()
     for number in range(-warmup, rounds):
+        if number >= 2 and time.monotonic() - started > within:
+            break
         # who goes before leaves its mark on caches and on the allocator's heap: that must not always be the same one
         for name in order.sample(names, len(names)):
             turns = range(turn, turn + burst)

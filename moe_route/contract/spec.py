@@ -20,8 +20,10 @@ RENORMALIZATIONS: tuple[str, ...] = get_args(Renormalize)
 _MAX_GROUPS = (1 << 16) - 1  # 16 bits of the packed policy
 
 
-# Defaults of eps, norm_p, scale and jitter in the operators' schemas. group_fill matters only with several groups.
-_USUAL = (0.0, 1.0, 1.0, 0.0)
+# The numbers of a spec in the order of the operators' schemas, and the defaults there of all but the first, which
+# matters only with several groups.
+NUMBERS = ("group_fill", "eps", "norm_p", "scale", "jitter", "softcap")
+_USUAL = (0.0, 1.0, 1.0, 0.0, 0.0)
 
 
 class _Packed:
@@ -31,7 +33,7 @@ class _Packed:
     policy: int
     """Names and group sizes as bits; see ``unpack_spec`` in csrc/torch/operators.cpp."""
     numbers: tuple[float, ...]
-    """(group_fill, eps, norm_p, scale, jitter)."""
+    """The values of ``NUMBERS``."""
     unusual: tuple[float, ...]
     """``numbers``, or empty if all are defaults, because an omitted argument costs nothing."""
 
@@ -59,6 +61,8 @@ class RouterSpec(_Packed):
         norm_p: see ``renormalize``, > 0.
         scale: factor on the weights after renormalization (`routed_scaling_factor`).
         jitter: SparseMixer's jitter epsilon (`router_jitter_noise`); the masking threshold is 2 * jitter.
+        softcap: a logit z becomes softcap * tanh(z / softcap), in float32, before steering, scores and the choice
+            without steering see it (`moe_router_logit_softcapping`); 0: no cap. Infinities become the cap.
         weight_dtype: dtype to which the model casts its weights; None: dtype of the logits. Operators return float32.
 
     The correction bias of a router (`e_score_correction_bias`) is a tensor, so it is an argument of ``route``.
@@ -78,6 +82,7 @@ class RouterSpec(_Packed):
     norm_p: float = 1.0
     scale: float = 1.0
     jitter: float = 0.0
+    softcap: float = 0.0
     weight_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -95,8 +100,10 @@ class RouterSpec(_Packed):
             raise ValueError(f"RouterSpec.norm_p = {self.norm_p} must be positive")
         if not self.eps >= 0:
             raise ValueError(f"RouterSpec.eps = {self.eps} must not be negative")
+        if not 0 <= self.softcap < float("inf"):
+            raise ValueError(f"RouterSpec.softcap = {self.softcap} must be a finite number, not negative (0: no cap)")
         policy |= int(self.groups) << 16 | int(self.top_groups) << 32
-        numbers = tuple(map(float, (self.group_fill, self.eps, self.norm_p, self.scale, self.jitter)))
+        numbers = tuple(float(getattr(self, name)) for name in NUMBERS)
         object.__setattr__(self, "policy", policy)
         object.__setattr__(self, "numbers", numbers)
         object.__setattr__(self, "unusual", () if self.groups == 1 and numbers[1:] == _USUAL else numbers)
@@ -105,22 +112,17 @@ class RouterSpec(_Packed):
         return (RouterSpec, tuple(getattr(self, field.name) for field in fields(self)))
 
     @staticmethod
-    def from_packed(
-        policy: int, group_fill: float, eps: float, norm_p: float, scale: float, jitter: float
-    ) -> RouterSpec:
+    def from_packed(policy: int, *numbers: float) -> RouterSpec:
         """Rebuild a spec from its ``policy`` and ``numbers``; operators do not take ``weight_dtype``, so it is lost."""
+        values: dict[str, Any] = dict(zip(NUMBERS, numbers, strict=True))
         return RouterSpec(
             score=SCORES[policy & 15],  # type: ignore[arg-type]
             order=ORDERS[policy >> 4 & 1],  # type: ignore[arg-type]
             groups=policy >> 16 & 0xFFFF,
             top_groups=policy >> 32 & 0xFFFF,
             group_score=GROUP_SCORES[policy >> 5 & 1],  # type: ignore[arg-type]
-            group_fill=group_fill,
             renormalize=RENORMALIZATIONS[policy >> 6 & 7],  # type: ignore[arg-type]
-            eps=eps,
-            norm_p=norm_p,
-            scale=scale,
-            jitter=jitter,
+            **values,
         )
 
 

@@ -196,6 +196,7 @@ def _route_weights_backward(
     norm_p: float,
     scale: float,
     jitter: float,
+    softcap: float,
     expert_scale: Tensor | None,
     steering: Tensor | None,
     steering_planes: int,
@@ -208,7 +209,7 @@ def _route_weights_backward(
     """
     from moe_route import reference
 
-    spec = RouterSpec.from_packed(policy, group_fill, eps, norm_p, scale, jitter)
+    spec = RouterSpec.from_packed(policy, group_fill, eps, norm_p, scale, jitter, softcap)
     optional = (expert_scale, steering, row_params)
     with _recording():
         leaf = logits.detach().requires_grad_()

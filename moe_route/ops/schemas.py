@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 # Every argument that is passed costs the caller 0.1 to 0.2 us, one left to its default next to nothing: what most calls
 # leave out comes last.
-_NUMBERS = "float group_fill=0.0, float eps=0.0, float norm_p=1.0, float scale=1.0, float jitter=0.0"
+_NUMBERS = "float group_fill=0.0, float eps=0.0, float norm_p=1.0, float scale=1.0, float jitter=0.0, float softcap=0.0"
 _STATISTICS = "Tensor(a!)? group_statistics=None, int statistics=0, Tensor(b!)? segment_statistics=None"
 _BETWEEN = "int activation, int pairing, float alpha, float limit, float shift"
 

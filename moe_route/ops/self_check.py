@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_route.base.devices import capturing
 from moe_route.contract.limits import MAX_EXPERTS
-from moe_route.contract.spec import RouterSpec
+from moe_route.contract.spec import NUMBERS, RouterSpec
 from moe_route.contract.tables import FIXED_POINT, SCALARS, StatisticsTables, SteeringTables, token_table
 from moe_route.ops import library
 
@@ -224,7 +224,7 @@ def _gate_problem(experts: int, spec: RouterSpec, dtype: torch.dtype, kind: str)
                 weights = ops.route_weights(logits, ids, spec.policy, None, *spec.numbers)
                 ops.observe(logits, ids, weights, spec.policy, arguments["tokens"], *tables.arguments, *spec.numbers)
             else:
-                rest = dict(zip(("group_fill", "eps", "norm_p", "scale", "jitter"), spec.numbers, strict=True))
+                rest = dict(zip(NUMBERS, spec.numbers, strict=True))
                 groups, layout, segments = tables.arguments
                 counted = {"group_statistics": groups, "statistics": layout, "segment_statistics": segments}
                 weights, ids = ops.route(logits, k, spec.policy, **counted, **rest, **arguments)

@@ -84,6 +84,7 @@ def route_tokens(
     Returns:
         weights and ids [T, k] (wider if rows have more slots), and the inputs that ``ops.route`` was given.
     """
+    logits, spec = reference.capped(logits, spec), replace(spec, softcap=0.0)
     row = _rows(tokens, tables.rows)
     applied = None
     if tables.functions:

@@ -54,6 +54,7 @@ def _route(
     norm_p: float = 1.0,
     scale: float = 1.0,
     jitter: float = 0.0,
+    softcap: float = 0.0,
     correction_bias: Tensor | None = None,
     expert_scale: Tensor | None = None,
     steering: Tensor | None = None,
@@ -65,7 +66,7 @@ def _route(
     choice_mode: int = 0,
 ) -> tuple[Tensor, Tensor]:
     counted = (group_statistics, statistics, segment_statistics)
-    numbers = (group_fill, eps, norm_p, scale, jitter)
+    numbers = (group_fill, eps, norm_p, scale, jitter, softcap)
     steered = (steering, steering_planes, row_params, remap)
     own = (correction_bias, expert_scale)
     checks.route(logits, k, policy, tokens, counted, own, steered, (choice_ids, choice_weights, choice_mode))
@@ -99,10 +100,11 @@ def _observe(
     norm_p: float = 1.0,
     scale: float = 1.0,
     jitter: float = 0.0,
+    softcap: float = 0.0,
     expert_scale: Tensor | None = None,
 ) -> None:
     counted = (group_statistics, statistics, segment_statistics)
-    numbers = (group_fill, eps, norm_p, scale, jitter)
+    numbers = (group_fill, eps, norm_p, scale, jitter, softcap)
     checks.observe(logits, ids, weights, policy, tokens, counted, expert_scale)
     tables = _statistics(*counted, logits)
     if tables is not None:
@@ -138,12 +140,13 @@ def _route_weights(
     norm_p: float = 1.0,
     scale: float = 1.0,
     jitter: float = 0.0,
+    softcap: float = 0.0,
     expert_scale: Tensor | None = None,
     steering: Tensor | None = None,
     steering_planes: int = 0,
     row_params: Tensor | None = None,
 ) -> Tensor:
-    numbers = (group_fill, eps, norm_p, scale, jitter)
+    numbers = (group_fill, eps, norm_p, scale, jitter, softcap)
     steered = (steering, steering_planes, row_params)
     checks.route_weights(logits, ids, policy, tokens, expert_scale, (*steered, None))
     return reference.route_weights(

@@ -34,6 +34,7 @@ from moe_route.ops.observe_changed import observe_changed
 from moe_route.ops.token_rules import route_tokens
 from moe_route.patching.context import RunningCall
 from moe_route.patching.deferred import versions
+from moe_route.reference import capped
 from moe_route.routers.adapter import Decision, Output
 from moe_route.routers.check import check_output, undecided
 from moe_route.routers.discovery import RouterInfo
@@ -131,7 +132,7 @@ class Engine(ABC):
         """Pass on the router's own logits, with NaN for tokens that this router was not given."""
         if not self.on_logits or self.adapter.patches:
             return
-        rows = self.adapter.token_subset()
+        logits, rows = capped(logits, self.spec), self.adapter.token_subset()
         if rows is not None:
             shape = (self.context.num_tokens, logits.shape[1])
             logits = logits.new_full(shape, torch.nan).index_copy(0, rows.to(logits.device), logits)
@@ -141,7 +142,7 @@ class Engine(ABC):
     def decide(self, table: Tensor, logits: Tensor) -> None:
         """Keep what `added` needs, until the experts of this router have run."""
         if self.directions is not None and self.context.steers:
-            self._decided = table, logits
+            self._decided = table, capped(logits, self.spec)
 
     def added(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
         """What the plan adds to the experts' output (`experts.outputs.Adder`)."""

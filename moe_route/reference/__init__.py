@@ -9,9 +9,10 @@ that change a choice after their router.
 
 from moe_route.reference.dispatch import combine, dispatch, permute
 from moe_route.reference.experts import expert_activation, expert_rows
-from moe_route.reference.gate import observe, observe_steered, probabilities, route, route_weights
+from moe_route.reference.gate import capped, observe, observe_steered, probabilities, route, route_weights
 
 __all__ = [
+    "capped",
     "combine",
     "dispatch",
     "expert_activation",

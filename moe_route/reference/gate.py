@@ -253,6 +253,41 @@ def _compute(logits: Tensor) -> Tensor:
     return (logits if logits.dtype == torch.float64 else logits.float()).contiguous()
 
 
+def capped(logits: Tensor, spec: RouterSpec) -> Tensor:
+    """Logits z [T, E] as c tanh(z / c), float32 (float64 for float64), c = `RouterSpec.softcap`; as they are for c = 0.
+
+    float32 has the bits of the kernels.
+    """
+    if spec.softcap == 0:
+        return logits
+    z = _compute(logits)
+    return _tanh(z / z.new_full((), spec.softcap)) * spec.softcap  # on CUDA a number would become its reciprocal
+
+
+def _tanh(x: Tensor) -> Tensor:
+    """tanh as csrc/include/moe_route/math.h computes it in float32, operation by operation."""
+    if x.dtype == torch.float64:
+        return torch.tanh(x)
+    a = torch.where(x.abs() < 10, x.abs(), 10.0)
+    z = a * a
+    p = _horner(z, -0.0051386687, 0.0200919788, -0.0535588637, 0.13329111, -0.333331913)
+    small = a * (z * p) + a
+    n = torch.round((a + a).detach() * 1.44269502)  # e^2a = 2^n e^r
+    r = (a + a - n * 0.693145752) - n * 1.42860677e-06
+    q = _horner(r, 0.00138145394, 0.00836874545, 0.041668389, 0.166665211, 0.49999994)
+    power = (n.to(torch.int32) + 127).bitwise_left_shift(23).view(torch.float32)
+    e = ((q * (r * r) + r) + 1) * power
+    t = torch.where(a < 0.7, small, 1 - 2 / (e + 1))  # torch's 2 * (1 / x) is exact enough: 2 is a power of two
+    return torch.where(x.abs() > 0, torch.where(x < 0, -t, t), x)
+
+
+def _horner(x: Tensor, first: float, *others: float) -> Tensor:
+    value: Tensor | float = first
+    for coefficient in others:
+        value = value * x + coefficient
+    return value  # type: ignore[return-value]
+
+
 def route(
     logits: Tensor,
     k: int,
@@ -279,7 +314,7 @@ def route(
     if all(value is None for value in given) and _is_plain(spec) and _counts_choices_alone(statistics):
         return _route_plainly(logits, k, spec, tokens, statistics)
     token = read_tokens(tokens, logits.shape[0], logits.device)
-    raw = torch.where(token.valid[:, None], _compute(logits), 0.0)  # values in padding reach no result
+    raw = torch.where(token.valid[:, None], _compute(capped(logits, spec)), 0.0)  # values in padding reach no result
     row = read_steering(steering, token, raw)
     z = steer(raw, row)
     ids, slots = _select(z, k, spec, correction_bias, row)
@@ -326,7 +361,7 @@ def _route_plainly(
 ) -> tuple[Tensor, Tensor]:
     """`route` of a plain router without steering, in few operations."""
     token = None if tokens is None else read_tokens(tokens, logits.shape[0], logits.device)
-    z = _compute(logits)
+    z = _compute(capped(logits, spec))
     ids = _best(z, k)
     chosen = z.gather(1, ids)
     if token is not None:
@@ -388,7 +423,7 @@ def observe_steered(
     steering. An empty slot (-1) counts as a slot of the token.
     """
     token = read_tokens(tokens, logits.shape[0], logits.device)
-    raw = torch.where(token.valid[:, None], _compute(logits), 0.0)
+    raw = torch.where(token.valid[:, None], _compute(capped(logits, spec)), 0.0)
     row = read_steering(steering, token, raw)
     scores = _score(steer(raw, row), spec.score, ~row.forbidden) if needs_scores(statistics) else None
     known, natural = (in_range(choice.to(torch.int64), logits.shape[1]) for choice in (ids, natural_ids))
@@ -431,7 +466,7 @@ def route_weights(
     """
     _check(logits, ids.shape[1], spec)
     token = read_tokens(tokens, logits.shape[0], logits.device)
-    raw = torch.where(token.valid[:, None], _compute(logits), 0.0)
+    raw = torch.where(token.valid[:, None], _compute(capped(logits, spec)), 0.0)
     row = read_steering(steering, token, raw)
     known = torch.where(token.valid[:, None], in_range(ids, logits.shape[1]), -1)
     return _weigh(steer(raw, row), known, spec, expert_scale, row)

@@ -244,7 +244,7 @@ FAMILIES: tuple[Family, ...] = (
         _SIGMOID,
         correction_bias=_BIAS,
         weights="input",
-        unfused="it caps its logits",
+        gate=Gate(result="float32", softcap="router_logit_softcapping"),
     ),
     Family(
         "sigmoid with correction bias",

@@ -20,6 +20,7 @@ from moe_route import ops
 from moe_route.contract.spec import RouterSpec
 from moe_route.modules.intercept import at, resident
 from moe_route.modules.watch import NothingScoredError
+from moe_route.reference import capped
 from moe_route.routers.adapter import Decision, Output
 from moe_route.routers.discovery import ModelNotSupportedError, RouterInfo
 from moe_route.routers.family import TESTED, gate_logits, weight_dtype
@@ -228,6 +229,7 @@ def undecided(logits: Tensor, k: int, spec: RouterSpec, bias: Tensor | None, low
 
     These are the k-th and the next score, and the last group that stays with the first that does not. NaN is too close.
     """
+    logits = capped(logits, spec)
     scores = _scores(logits if low_precision else logits.float(), spec)
     limits, value = torch.finfo(scores.dtype), scores if bias is None else scores + bias
     least = limits.tiny if bias is None else bias.abs().max() + limits.tiny

@@ -41,13 +41,14 @@ class Gate:
 
     `compute` is the dtype of the product: "native" = dtype of the hidden states, "weight" = hidden states cast to the
     weight's dtype, "float32" = both cast to float32. `result` is the dtype of the logits: "native" = as computed,
-    "float32" = cast to float32.
+    "float32" = cast to float32. `softcap` is the attribute with the cap c of routers that return c tanh(z / c), if any.
     """
 
     weight: str = "weight"
     bias: str | None = None
     compute: Literal["native", "weight", "float32"] = "native"
     result: Literal["native", "float32"] = "native"
+    softcap: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,9 @@ def gate_logits(module: nn.Module, gate: Gate | None, hidden: Tensor) -> Tensor:
     elif gate.compute == "weight":
         hidden = hidden.to(weight.dtype)
     logits = F.linear(hidden, weight, bias)
-    return logits.float() if gate.result == "float32" else logits
+    logits = logits.float() if gate.result == "float32" else logits
+    cap = at(module, gate.softcap) if gate.softcap else 0.0
+    return torch.tanh(logits / cap) * cap if cap > 0.0 else logits
 
 
 def weight_dtype(rule: str, hidden: Tensor, logits: Tensor) -> torch.dtype:

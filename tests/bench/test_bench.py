@@ -48,9 +48,9 @@ if SCRIPT.is_file():
     )
     from moe_route import _C, ops
     from moe_route.bench import results
-    from moe_route.bench.gate import Shape as GateShape
     from moe_route.bench.results import Target
     from moe_route.bench.timing import Pool, Race, race
+    from moe_route.bench.timing import Shape as GateShape
     from moe_route.experts import layout as expert_layouts
 
 

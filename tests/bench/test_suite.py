@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,8 +23,9 @@ from moe_route.bench import gate, results, sections
 from moe_route.bench.comparison import IMPROVED, REGRESSED, TOLERANCE, UNCHANGED, Comparison, compare
 from moe_route.bench.results import BenchmarkResults, Fact, Measured, Row
 from moe_route.bench.sections import measure
-from moe_route.bench.timing import Effort, Race, ThreadTime, WallTime, clock_of_threads
+from moe_route.bench.timing import Effort, Race, Shape, ThreadTime, WallTime, clock_of_threads, race
 from moe_route.cli import main
+from moe_route.cli.bench import ROUNDS, SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILY = f"cpu-{_C.instruction_set().removesuffix('_bf16')}"
@@ -125,6 +128,66 @@ def test_rounds_that_have_no_quartiles_are_refused(capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             measuring()
         assert "quartiles need 2 rounds or more" in capsys.readouterr().err
+
+
+def test_one_shape_is_raced_in_the_place_of_those_of_public_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--experts", "96", "--top-k", "6", "--tokens", "64", "--dtype", "bfloat16"]
+    assert main(["bench", *asked, "--rounds", "2", "--json", "--out", str(tmp_path)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {row["case"] for row in printed["rows"]} == {"E=96 k=6 T=64 bfloat16", "E=96 k=6 T=1 bfloat16"}
+    assert printed["targets"] == []  # the project has none for it
+    assert printed["machine"]["command"].endswith(f"--rounds 2 --threads 1 {' '.join(asked)}")
+
+
+def test_the_rest_of_a_shape_is_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Effort] = []
+    monkeypatch.setattr(gate, "measure", lambda effort: seen.append(effort) or run_of(4.0).measured)
+    for options in ([], ["--experts", "4"], ["--tokens", "9", "--rounds", "7"]):
+        assert main(["bench", "--sections", "gate", *options]) == 0
+    usual, few, rows = seen
+    assert usual == Effort(ROUNDS)
+    assert (few.shape, few.rounds, few.within) == (Shape(4, 4), ROUNDS, SECONDS)
+    assert (rows.shape, rows.rounds, rows.within) == (Shape(tokens=9), 7, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--experts", "4", "--top-k", "5"], "--top-k 5 is above 4"),
+        (["--experts", "200", "--top-k", "65"], "--top-k 65 is above 64"),
+        (["--experts", "5000"], "--experts 5000 is above 4096"),
+        (["--dtype", "float64"], "'float64' is not one of"),
+        (["--tokens", "0"], "--tokens"),
+    ],
+)
+def test_a_shape_that_no_gate_has_is_refused(
+    options: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main(["bench", *options]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_race_ends_in_time_with_the_rounds_of_quartiles() -> None:
+    calls: list[int] = []
+    run = race({"one": calls.append, "other": calls.append}, rounds=1000, warmup=0, within=0.0)
+    assert len(calls) == 4
+    assert {len(each) for each in run.seconds.values()} == {2}
+
+
+def test_pytest_takes_the_options_of_a_shape() -> None:
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:xdist", "--benchmark-disable"]
+    options = ["--experts", "8", "--top-k", "2", "--tokens", "4", "--dtype", "float16"]
+    done = subprocess.run([*command, *options, "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    cases = {line.partition("[")[2].rpartition("-")[0] for line in done.stdout.splitlines() if "test_gate[" in line}
+    assert {case[: len("E=8-k=2-T=4-float16")] for case in cases} == {"E=8-k=2-T=4-float16"}
+    one = [*command, *options, "-k", "test_one_row or test_gate and entropy"]
+    done = subprocess.run(one, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout
 
 
 def test_the_package_has_the_first_sections_and_the_project_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,7 @@ class GateDraw {
     logits();
     given();
     if (steered || !g_.one_in(4)) tokens();
+    if (g_.one_in(6)) a_.spec.softcap = g_.one_in(2) ? 3.0f : 0.75f;
     return std::move(p_);
   }
 

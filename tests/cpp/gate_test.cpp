@@ -308,6 +308,7 @@ void random_problem(Problem& p, Random& g, bool tame) {
   if (one_in(g, 2) && !(tame && strange)) add_steering(p, g, tame);
   if (one_in(g, 4)) add_given(p, g);
   if (!one_in(g, 4)) add_tokens(p, g);
+  if (one_in(g, 6)) a.spec.softcap = one_in(g, 2) ? 3.0f : 0.75f;
 }
 
 // ---- oracle -------------------------------------------------------------------------------------
@@ -472,6 +473,10 @@ OracleRow oracle_row(const Problem& p, int64_t t, bool natural = false) {
   OracleRow o;
   o.slots = a.k;
   o.z.assign(p.logits.begin() + t * a.experts, p.logits.begin() + (t + 1) * a.experts);
+  const float cap = a.spec.softcap;
+  for (double& z : o.z) {  // in the precision of the gate, where large logits become equal
+    if (cap != 0) z = a.logits_type == DType::kFloat64 ? std::tanh(z / cap) * cap : math::tanh(float(z) / cap) * cap;
+  }
   o.force.assign(size_t(a.experts), 0);
   const int32_t* token = a.token_table ? a.token_table + t * kTokenColumns : nullptr;
   o.valid = !token || token[kTokenValid] != 0;
@@ -792,6 +797,21 @@ void test_math() {
     return std::sqrt(std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))));
   };
   check_ulp("sqrt softplus", -87, 87, 2.5, [](float x) { return math::sqrt_softplus(x); }, softplus);
+  const auto tanh = [](float x) { return math::tanh(x); };
+  check_ulp("tanh", -12, 12, 1.1, tanh, [](double x) { return std::tanh(x); });
+  check_ulp("tanh near 0", -0.01, 0.01, 1.1, tanh, [](double x) { return std::tanh(x); });
+  check_ulp("tanh near 0.7", 0.69, 0.71, 1.1, tanh, [](double x) { return std::tanh(x); });
+  context = "tanh";
+  check(tanh(kInf) == 1.0f && tanh(-kInf) == -1.0f && std::isnan(tanh(kNaN)), "tanh of infinities and NaN");
+  check(std::signbit(tanh(-0.0f)) && !std::signbit(tanh(0.0f)) && tanh(1e-40f) == 1e-40f, "tanh of tiny numbers");
+  float before = 0;
+  bool rises = true;
+  for (int32_t i = math::as_int(0x1p-20f); i < math::as_int(16.0f); i += 3) {
+    const float now = tanh(math::as_float(i));
+    rises &= now >= before && now == -tanh(-math::as_float(i));
+    before = now;
+  }
+  check(rises && before == 1.0f, "tanh never falls, is odd, and ends at 1");
   context = "exp ends";
   check(exp(0.0f) == 1.0f && exp(-88.0f) == 0.0f && exp(-kInf) == 0.0f && exp(kNaN) == 0.0f,
         "exp of 0, -88, -inf, NaN");

@@ -162,7 +162,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "afmoe": {},
     "flint": {},
     "kolibri1": {},
-    "laguna": {},
+    "laguna": {"moe_router_logit_softcapping": 0.5},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"], "num_dense_layers": 1},
     "ernie4_5_moe": {},
     "mistral4": _LATENT,

@@ -22,6 +22,7 @@ SPECS = {
     "deepseek": RouterSpec("sigmoid", groups=4, top_groups=2, renormalize="sum", eps=1e-20, scale=2.5),
     "gpt-oss": RouterSpec(order="topk_then_score"),
     "norm": RouterSpec("sqrt_softplus", renormalize="norm", norm_p=2.0),
+    "capped": RouterSpec("sigmoid", renormalize="sum", softcap=1.5),
 }
 
 

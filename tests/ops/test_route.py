@@ -11,6 +11,7 @@ from harness.backends import Backend
 from harness.expectations import assert_ulp
 from harness.problems import INF, NAN, Problem, check_conservation, check_ids
 
+from moe_route import reference
 from moe_route.contract.spec import RouterSpec
 from moe_route.contract.tables import FIXED_POINT, METRICS, Force, StatisticsTables, SteeringTables, token_table
 
@@ -304,6 +305,23 @@ def test_renormalize_with_epsilon(backend: Backend) -> None:
     assert_ulp(weights, torch.tensor([[0.3125, 0.1875]]), 4)
     weights, _ = backend.route(torch.zeros(1, 3), 2, RouterSpec("identity", renormalize="sum"))
     assert weights.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("experts", [6, 32])
+def test_softcap(backend: Backend, experts: int) -> None:
+    """Infinities become the cap, NaN and -0 stay, and every other logit is within 2 units of c tanh(z / c)."""
+    logits = torch.randn(5, experts) * torch.tensor([[0.01], [0.5], [1.0], [4.0], [60.0]])
+    logits[0, :5] = torch.tensor([math.inf, -math.inf, math.nan, -0.0, 1e-40])
+    for cap in (0.75, 3.0, 30.0):
+        weights, ids = backend.route(logits, experts, RouterSpec("identity", softcap=cap))
+        capped = torch.zeros_like(weights).scatter(1, ids.long(), weights)
+        assert capped[0, :3].tolist() == [cap, -cap, 0.0]  # NaN is chosen last, and weighs nothing
+        zero = capped[0, 3] if backend.native else reference.capped(logits, RouterSpec(softcap=cap))[0, 3]
+        assert (zero.item(), math.copysign(1.0, zero.item())) == (0.0, -1.0)
+        assert ids[0, -1] == 2
+        exact = (torch.tanh(logits.double() / cap) * cap).nan_to_num(0.0)
+        assert_ulp(capped, exact, 2)
+        assert (capped.abs() <= cap).all()
 
 
 # ---- arguments --------------------------------------------------------------------------------------------------

@@ -50,6 +50,15 @@ def test_oracle_with_nan_and_infinities(problem: Problem) -> None:
         oracle.check_weights(routed, same)
 
 
+@given(problem=problems(), cap=st.sampled_from([0.5, 3.0, 30.0]))
+def test_everything_sees_the_capped_logits(problem: Problem, cap: float) -> None:
+    """Steering, force, the natural choice, scores and statistics: the bits of capped logits without a cap."""
+    spec = replace(problem.spec, softcap=cap)
+    capped = replace(problem, logits=reference.capped(problem.logits, spec))
+    for backend in available():
+        assert_same_bits(replace(problem, spec=spec).run(backend), capped.run(backend), backend.name)
+
+
 @given(problem=problems())
 def test_ids_are_unique_and_counts_conserved(problem: Problem) -> None:
     for backend in available():

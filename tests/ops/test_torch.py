@@ -30,6 +30,7 @@ SPECS = {
     "deepseek": RouterSpec("sigmoid", groups=4, top_groups=2, renormalize="sum", eps=1e-20, scale=2.5),
     "gpt-oss": RouterSpec(order="topk_then_score"),
     "norm": RouterSpec("sqrt_softplus", renormalize="norm", norm_p=2.0),
+    "capped": RouterSpec("sigmoid", renormalize="sum", softcap=1.5),
     "clamp": RouterSpec("identity", renormalize="clamp", eps=1e-3),
 }
 
@@ -674,6 +675,8 @@ def test_router_spec_copies_and_packs(spec: RouterSpec) -> None:
         {"groups": 2, "top_groups": 3},
         {"norm_p": 0.0},
         {"eps": -1.0},
+        {"softcap": -1.0},
+        {"softcap": float("inf")},
     ],
 )
 def test_router_spec_refuses(wrong: dict[str, Any]) -> None:

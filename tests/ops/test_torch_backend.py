@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_route import ops  # noqa: F401 (registers the operators)
-from moe_route.contract.spec import RouterSpec
+from moe_route.contract.spec import NUMBERS, RouterSpec
 from moe_route.contract.tables import METRICS, StatisticsTables, SteeringTables, token_table
 from moe_route.reference.gate import _best
 from moe_route.reference.statistics import fixed
@@ -31,6 +31,7 @@ SPECS = {
     "best of a group": RouterSpec(groups=3, top_groups=2, group_score="max", group_fill=0.0),
     "chosen first": RouterSpec(order="topk_then_score"),
     "norm": RouterSpec("sqrt_softplus", renormalize="norm", norm_p=2.0),
+    "capped": RouterSpec("sigmoid", renormalize="sum", softcap=1.5),
     "clamp": RouterSpec("identity", renormalize="clamp", eps=1e-3),
 }
 # Answered when the device is done with everything before, or of a shape that only the values tell.
@@ -70,7 +71,7 @@ def run(spec: RouterSpec, dtype: torch.dtype) -> None:
     logits, row = torch.randn(T, E).to(dtype), torch.arange(T)
     tokens = token_table(T, steering_row=row % 3 - 1, group=row % 2, segment=row // 4, valid=row != 5)
     packed = dict(zip(("steering", "steering_planes", "row_params", "remap"), steering().packed, strict=True))
-    numbers = dict(zip(("group_fill", "eps", "norm_p", "scale", "jitter"), spec.numbers, strict=True))
+    numbers = dict(zip(NUMBERS, spec.numbers, strict=True))
     few, bias = StatisticsTables.zeros(E, groups=1, metrics=("counts",), entropy=False), torch.randn(E)
     all_of = StatisticsTables.zeros(E, groups=2, segments=3, metrics=METRICS)
     ids = torch.randint(-1, E, (T, K))

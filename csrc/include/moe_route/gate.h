@@ -69,6 +69,9 @@ struct GateSpec {
   // before it with (m - z) / max(|z|, m) <= 2 * jitter, where m is the largest of those not chosen before; 0
   // where the chosen itself fails the test (possible only if forced or replayed).
   float jitter = 0.0f;
+  // Not 0: every logit z becomes softcap * tanh(z / softcap) as soon as it is read, in float32 (float64 for
+  // kFloat64); all that is said of logits is said of these. Infinities become the cap; NaN and -0 stay.
+  float softcap = 0.0f;
 };
 
 // Steering tables: float32 [rows, planes present, E], planes in the order of their bits. A token picks a row,
