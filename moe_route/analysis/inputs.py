@@ -13,9 +13,11 @@ import numpy as np
 
 from moe_route.analysis.measures import ratio
 from moe_route.base import schema
+from moe_route.base.identity import same_weights
 from moe_route.base.schema import FileRefusedError
 from moe_route.recording import SentenceVectors
 from moe_route.steering import ExpertSelection, PlanModel
+from moe_route.steering.model import CHECKPOINT
 
 NOT_KEPT = "sequences were not kept: record(sequences=True); in a shell, record without --no-sequences"
 
@@ -110,10 +112,16 @@ def refuse_itself(names: Sequence[str], reference: str) -> None:
 
 
 def check_one_model(first: Statistics, second: Statistics) -> None:
-    """Refuse recordings of models with different configurations, as far as their metadata tell."""
-    hashes = {PlanModel.of_recording(one.metadata, ()).config_hash for one in (first, second)} - {None}
-    if len(hashes) > 1:
+    """Refuse recordings of models with different configurations or weights, as far as their metadata tell."""
+    mine, its = (PlanModel.of_recording(one.metadata, ()) for one in (first, second))
+    if mine.config_hash and its.config_hash and mine.config_hash != its.config_hash:
         raise AnalysisError("the recordings come from models with different configurations: record both with one model")
+    for name in CHECKPOINT:
+        if same_weights(getattr(mine, name), getattr(its, name)) is False:
+            raise AnalysisError(
+                f"the recordings come from two checkpoints of one configuration (their {name.replace('_', ' ')} "
+                "differs): record both with one model; analysis.compare compares checkpoints"
+            )
 
 
 def _names(groups: Sequence[str]) -> str:

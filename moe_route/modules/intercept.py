@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import wraps
 from types import MethodType, ModuleType
-from typing import Any, ParamSpec, Protocol, SupportsIndex, TypeVar
+from typing import Any, ParamSpec, Protocol, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,18 +137,15 @@ class ForwardHook:
         self.module.register_forward_hook(self.hook, always_call=self.always_call)
 
     def come_last(self) -> bool:
-        """Run after the hooks that others have registered since; whether there were any.
+        """Run behind the hooks that others have registered since. Returns whether there were any.
 
         Raises `RuntimeError` if the hook was taken out.
         """
-        hooks = self.module._forward_hooks
-        own = next((number for number, hook in hooks.items() if hook is self.hook), None)
-        if own is None:
-            raise RuntimeError(f"the hook on {type(self.module).__name__} was taken out after attach")
-        if own == next(reversed(hooks)):
-            return False
-        hooks.move_to_end(own)
-        return True
+        later = later_hooks(self.module, self.hook)
+        if later:
+            hooks = self.module._forward_hooks
+            _to_end(hooks, next(number for number, hook in hooks.items() if hook is self.hook))
+        return bool(later)
 
     def remove(self) -> None:
         """Remove the hook."""
@@ -184,6 +182,10 @@ def later_hooks(module: nn.Module, hook: Callable[..., Any] | None) -> list[int]
     return listed if hook is None else listed[listed.index(numbers[0]) + 1 :]
 
 
+def _to_end(hooks: dict[int, Callable[..., Any]], number: int) -> None:
+    cast("OrderedDict[int, Callable[..., Any]]", hooks).move_to_end(number)  # torch says dict, and makes an OrderedDict
+
+
 class KeptOutput:
     """Raises `RuntimeError` with `refusal` where hooks of others change the output of `module` behind `hook`.
 
@@ -202,7 +204,7 @@ class KeptOutput:
         for hook in self._around:
             hook.install()
         for number in (*others, next(reversed(self.module._forward_hooks))):
-            self.module._forward_hooks.move_to_end(number)  # type: ignore[attr-defined]
+            _to_end(self.module._forward_hooks, number)
 
     def remove(self) -> None:
         """Remove both hooks."""

@@ -30,6 +30,9 @@ def recorded(items: list[str] = ITEMS) -> RoutingStatistics:
 STATISTICS, ONE = recorded(), recorded(ITEMS[:1])
 OTHER = recorded()
 OTHER.metadata = {"model": {"name": "another", "config_hash": "def"}}
+TUNED, BASE = recorded(), recorded()
+TUNED.metadata = {"model": {"config_hash": "def", "weights_hash": "a-1"}}
+BASE.metadata = {"model": {"config_hash": "def", "weights_hash": "a-2"}}
 PAIRED = analysis.divergence(STATISTICS, "en", kind="count")
 MATRIX = analysis.divergence_matrix(STATISTICS, kind="count")
 SIMILARITY = analysis.similarity(STATISTICS, kind="count")
@@ -92,6 +95,7 @@ def covariate(**other: Any) -> dict[str, dict[str, Any]]:
         (lambda: analysis.rise_experts(STATISTICS, top_n=3, zones=(np.nan, 0.5, 0.5)), "add up to 1"),
         (lambda: analysis.risk_experts(SQUARE, SQUARE, activations=1, per_layer=-1), "per_layer must be 0"),
         (lambda: analysis.expert_difference(STATISTICS, OTHER, group="en"), "different configurations"),
+        (lambda: analysis.expert_difference(TUNED, BASE, group="en"), "two checkpoints"),
         (lambda: analysis.committee(STATISTICS, phase="decode"), "no token of phase 'decode'"),
         (lambda: analysis.entropy_experts(STATISTICS, top_n=2, phase="decode"), "no token of phase 'decode'"),
         (lambda: analysis.rise_experts(STATISTICS, top_n=2, phase="decode"), "no token of phase 'decode'"),

@@ -440,7 +440,7 @@ def _allow(seconds: int) -> None:
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """Refuse more memory than allowed, and end an input that hangs: by processor time, since a machine may be shared."""
+    """Refuse more memory than allowed, and end an input that hangs, by processor time: a machine may be shared."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     signal.signal(signal.SIGPROF, _too_long)
