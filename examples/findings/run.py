@@ -157,12 +157,10 @@ def told_by_the_demo(findings: Findings, command: str) -> dict[str, Any]:
     skill, depth, raising = findings.skill, findings.depth, findings.raising
     raised = next(iter(raising.after.values())).change_of_match(raising.before)
     beyond = depth.beyond_untrained
-    repaired = None if findings.control is None else findings.control.result.repair(*findings.control.result.chosen)
     claims = (
         ("a U", depth.trained.depth, beyond is not None and beyond.verdict == "higher"),
         ("transfer from English", skill.transfer(*skill.others), True),
         ("a gain by raising", raised, raising.sets["exact match"].difference.verdict == "higher"),
-        ("a repair by raising where languages are misled", repaired, True),
     )
     weights = hashlib.sha256((demo_model_folder() / "model.safetensors").read_bytes()).hexdigest()
     return {

@@ -299,11 +299,7 @@ class TestCommand:
         assert claims["transfer from English"]["value"] == transfer.value
         assert claims["transfer from English"]["shown"] is (transfer.verdict == "higher")
         assert claims["a U"]["value"] == made.depth.trained.depth.value
-        control = made.control.result
-        repair = claims["a repair by raising where languages are misled"]
-        assert repair["value"] == control.repair(*control.chosen).value
-        assert repair["shown"] is (control.repair(*control.chosen).verdict == "higher")
-        assert len(claims) == 4
+        assert {"a U", "transfer from English", "a gain by raising"} == set(claims)
         with pytest.raises(SystemExit, match="--limit"):
             of.run.main(["--results", "results.json", "--limit", "4"])
 

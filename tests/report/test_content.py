@@ -101,6 +101,14 @@ def test_a_trace_that_cannot_tell_gives_no_cards(inputs: Inputs) -> None:
     assert report.content_of(Inputs(traces={"no ids": unknown, "ids": trace}))["cards"]["trace"] == "ids"
 
 
+def test_cards_of_a_long_trace_count_a_part_of_its_texts(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = inputs.traces["natural"]
+    monkeypatch.setattr("moe_route.report.content._CHOICES", len(trace) * 4 // 5 * 8 * 16)
+    cards = report.content_of(Inputs(traces={"natural": trace}))["cards"]
+    assert len(trace) // 3 < sum(cards["tokens"]) <= len(trace) * 4 // 5
+    assert cards["cards"]
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_experts_and_weights_of_tokens_are_those_of_the_trace(
     content: dict[str, Any], inputs: Inputs, place: int

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness.backends import Backend
 from harness.tiny_models import EVERY, inputs, tiny_model, tokens
 from torch import Tensor
 
@@ -241,6 +242,36 @@ def test_it_runs_before_every_other_rule_and_the_natural_choice_stays_the_models
     assert statistics.scalar("flipped").item() == moved > 0
     mass = torch.softmax(steered, 1).sum(0)
     torch.testing.assert_close(statistics.metric("probability")[0].double() * FIXED_POINT, mass, rtol=1e-5, atol=1e-5)
+
+
+def test_every_backend_routes_and_counts_alike(
+    backend: Backend, logits: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of each instruction set and of the emulated device, and torch, beside a float64 formula.
+
+    Half of the tokens are changed by the function and half are left alone; a rule for std acts on all of them.
+    """
+
+    def on_even(values: Tensor, where: Where) -> Tensor:
+        return torch.where((torch.arange(T) % 2 == 0)[:, None], values + torch.eye(E)[1] * 4, values)
+
+    monkeypatch.setattr("moe_route.ops.token_rules.route", backend.route)
+    for more in (Plan(), Plan.activate({0: [2]}, strength=0.5)):
+        statistics = StatisticsTables.zeros(E, groups=1, metrics=ops.METRICS)
+        weights, ids, natural = routed_tokens(Plan.apply(on_even) + more, logits.float(), statistics=statistics)
+        z = logits.float().double()
+        own = z.topk(K).indices
+        z[::2, 1] += 4
+        if more:
+            z[:, 2] += 0.5 * z.std(1, correction=0)
+        best = z.topk(K)
+        assert torch.equal(natural, own)
+        assert torch.equal(ids, best.indices)
+        torch.testing.assert_close(weights.double(), torch.softmax(best.values, 1), rtol=1e-5, atol=1e-6)
+        for metric, chosen in (("natural_counts", own), ("counts", best.indices)):
+            assert statistics.metric(metric)[0].tolist() == torch.bincount(chosen.flatten(), minlength=E).tolist()
+        flipped = (~(best.indices[:, :, None] == own[:, None]).any(2)).sum()
+        assert statistics.scalar("flipped").item() == flipped > 0
 
 
 def test_several_run_in_the_order_of_the_plan(logits: Tensor) -> None:
