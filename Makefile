@@ -1,4 +1,4 @@
-# make demo | findings | test | test-all | test-aarch64 | test-sanitized | test-vllm | test-matrix | test-transformers |
+# make demo | findings | test | test-all | test-aarch64 | test-sanitized | test-vllm | test-sglang | test-matrix | test-transformers |
 #      emulated | bench | lint | docs | wheel | test-wheel | release-check | clean
 # Needs Python >= 3.10 with venv, make and a C++20 compiler.
 #   make TORCH="torch==2.13.0 --index-url URL"   another torch build        make PYTHON=python3.12   another Python
@@ -43,7 +43,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: build demo findings test test-all test-aarch64 test-sanitized vllm-env test-vllm test-matrix test-transformers \
+.PHONY: build demo findings test test-all test-aarch64 test-sanitized vllm-env test-vllm test-sglang test-matrix test-transformers \
   emulated bench lint docs wheel test-wheel release-check clean
 
 build: $(VENV)/.built
@@ -132,6 +132,15 @@ test-vllm: build vllm-env
 	  MOE_ROUTE_VLLM_WHEELS=$(VLLM_VENV)/wheels VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=2 \
 	  VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 MOE_ROUTE_REQUIRE_VLLM=1 \
 	  $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm
+
+# SGLang's own files, read and imported from its wheel; nothing is installed. msgspec is what its structs are made of.
+SGLANG ?= 0.5.23
+SGLANG_WHEELS ?= $(VENV)-sglang-$(SGLANG)
+test-sglang: build $(VENV)/.with-test
+	@[ -n "$(wildcard $(SGLANG_WHEELS)/sglang-*.whl)" ] || $(BIN)/python -m pip --quiet --disable-pip-version-check \
+	  download --no-deps --dest $(SGLANG_WHEELS) sglang==$(SGLANG) msgspec \
+	  || { echo "skipped: sglang $(SGLANG) cannot be downloaded"; exit 0; }; \
+	MOE_ROUTE_SGLANG_WHEELS=$(SGLANG_WHEELS) $(BIN)/python -m pytest -p no:xdist tests/integrations/sglang
 
 # Every path on every architecture, the costly ones too, under several versions of transformers: hours.
 test-matrix: $(VENV)/.with-test

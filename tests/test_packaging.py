@@ -50,6 +50,8 @@ def test_metadata() -> None:
     assert scripts["moe-route"] == "moe_route.cli:main"
     plugins = {point.name: point.value for point in metadata.entry_points(group="vllm.general_plugins")}
     assert plugins["moe_route"] == "moe_route.integrations.vllm:register"
+    (sglang,) = metadata.entry_points(group="sglang.srt.plugins")
+    assert (sglang.name, sglang.value) == ("moe_route", "moe_route.integrations.sglang:register")
 
 
 def test_doctor_knows_every_extra_that_brings_a_module() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,14 @@ from moe_route.steering import ExpertSelection
 from moe_route.steering.layers import show_numbers
 
 _POOLED = "all groups"
+LAYER_METRICS = {
+    "tokens": "Tokens counted.",
+    "normalized_entropy": "Entropy of the load over its maximum: 1 is an even load.",
+    "top_share": "Share of the choices that the expert with the largest load takes.",
+    "dead_experts": "Experts that no token chose.",
+    "steered_share": "Share of the tokens that a rule of a plan reached.",
+}
+"""What a dashboard shows of a layer: name, behind "moe_route_" -> what it says."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -105,6 +113,54 @@ class LoadBalance(Result, hidden=("load",)):
             ("rare", f"share of experts below {self.rare_below:g} of the mean load"),
         )
         return [by_depth(self.groups, getattr(self, name), title=title) for name, title in shown]
+
+
+def layer_metrics(
+    statistics: RoutingStatistics,
+    rows: Sequence[int] | None = None,
+    before: RoutingStatistics | None = None,
+) -> dict[str, np.ndarray]:
+    """The numbers of ``LAYER_METRICS``, float64 [L]; NaN in a layer without tokens, but for the tokens.
+
+    ``rows``: indices of groups that are added up, by default all. ``before``: an earlier state of the same recording,
+    whose counts are taken off; all count if a new recording began since.
+    """
+    rows = range(len(statistics.groups)) if rows is None else rows
+
+    def new(read: Callable[[RoutingStatistics], np.ndarray]) -> np.ndarray:
+        now = read(statistics)
+        former = np.zeros_like(now) if before is None or read(before).shape != now.shape else read(before)
+        added: np.ndarray = (now - former)[rows].sum(0)
+        return now[rows].sum(0) if (added < 0).any() else added
+
+    counts = new(lambda one: one.token_sum("counts")).astype(np.float64)
+    tokens, steered = (new(lambda one, name=name: one.scalar(name)) for name in ("tokens", "steered"))  # type: ignore[misc]
+    seen = tokens > 0
+    balance = _balance(ratio(counts, counts.sum(-1, keepdims=True))[None], (_POOLED,), statistics, 0.1)
+    values = {
+        "normalized_entropy": balance.entropy[0],
+        "top_share": balance.max_share[0],
+        "dead_experts": balance.dead[0] * np.asarray(statistics.num_experts),
+        "steered_share": ratio(steered.astype(np.float64), tokens.astype(np.float64)),
+    }
+    return {"tokens": tokens.astype(np.float64), **{name: np.where(seen, of, np.nan) for name, of in values.items()}}
+
+
+def metrics_text(statistics: RoutingStatistics, groups: Sequence[str] = ()) -> str:
+    """``layer_metrics`` as Prometheus reads them from a file: over all groups, and of each of ``groups``."""
+    shown = [("", layer_metrics(statistics))]
+    shown += [(name, layer_metrics(statistics, [statistics.groups.index(name)])) for name in groups]
+    lines = []
+    for name, words in LAYER_METRICS.items():
+        series, kind = (f"moe_route_{name}_total", "counter") if name == "tokens" else (f"moe_route_{name}", "gauge")
+        lines += [f"# HELP {series} {words}", f"# TYPE {series} {kind}"]
+        for group, values in shown:
+            label = group.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+            lines += [
+                f'{series}{{layer="{layer}",group="{label}"}} {"NaN" if np.isnan(value) else repr(float(value))}'
+                for layer, value in zip(statistics.layers, values[name], strict=True)
+            ]
+    return "\n".join(lines) + "\n"
 
 
 def load_balance(

@@ -63,7 +63,9 @@ def add_convert(verbs: Any) -> None:
         "--tolerance", type=float, metavar="X", help="gate-sums: relative error of the counts (default: 0.001)"
     )
     read.add_argument("--activate", type=int, metavar="N", help="steermoe: experts with the largest risk difference")
-    read.add_argument("--deactivate", type=int, metavar="N", help="steermoe: experts with the smallest one")
+    read.add_argument(
+        "--deactivate", type=int, metavar="N", help="steermoe: experts with the smallest one; ascend: the last N"
+    )
     read.add_argument("--reverse", action="store_true", default=None, help="steermoe: change the signs")
     read.add_argument("--kind", choices=KINDS, help="selection to plan: what it does to them (default: activate)")
     read.add_argument(

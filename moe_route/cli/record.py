@@ -68,9 +68,11 @@ _OF_ROUTING = (
     "trace",
     "trace_layers",
     "trace_logits",
+    "metrics",
     "engine",
 )
 _NOT_IN_VLLM = ("consistency", "pairs", "no_special_tokens", "expert_outputs", "hidden", "device", "device_map")
+_SHOWN = 8  # groups, each with five series a layer
 _SECONDS_BETWEEN_LINES = 60.0  # of progress, where standard error is no terminal
 
 
@@ -116,6 +118,9 @@ def add_record(verbs: Any) -> None:
     what.add_argument("--hidden", action="store_true", help="average the inputs of the routers")
     what.add_argument(
         "--trace", type=writable, metavar="FILE", help="also write the experts of every token, up to a million tokens"
+    )
+    what.add_argument(
+        "--metrics", type=writable, metavar="FILE", help="also write what a server's /metrics shows, for Prometheus"
     )
     what.add_argument("--trace-layers", type=layers, metavar="A-B", help="MoE layers to trace (default: all)")
     what.add_argument(
@@ -221,6 +226,8 @@ def _run_file(options: argparse.Namespace) -> Answer:
         results = [partial(statistics.save, options.out)]
         if options.trace is not None:
             results.append(partial(recorder.trace().save, options.trace))
+        if options.metrics is not None:
+            results.append(partial(_write_metrics, options.metrics, statistics))
         unsaved = [(write, error) for write in results if (error := save(write)) is not None]
     for write, error in unsaved:
         save_when_there_is_room(write, error)
@@ -273,6 +280,14 @@ def _run_vectors(options: argparse.Namespace) -> Answer:
 
 
 # ---- into a folder
+
+
+def _write_metrics(path: str, statistics: mr.recording.RoutingStatistics) -> None:
+    """Write what a dashboard shows, over all groups and of each one, unless these are many."""
+    from moe_route.analysis.load import metrics_text
+    from moe_route.base import files
+
+    files.write_text(path, metrics_text(statistics, statistics.groups if len(statistics.groups) <= _SHOWN else ()))
 
 
 def _run_folder(options: argparse.Namespace) -> Answer:
@@ -328,6 +343,8 @@ def _run_folder(options: argparse.Namespace) -> Answer:
         return Answer(data | {"member": group.member}, "", code=code)
     if plan is not None and complete:
         _warn_of_unreached(plan, Reach(()) if progress.resumed or group.groups > 1 else reach, result)
+    if complete and options.metrics is not None:
+        _write_metrics(options.metrics, mr.recording.RoutingStatistics.load(result))
     lines = [f"{_name(group)}{progress}"]
     if progress.resumed:
         lines.insert(0, progress.resumed)

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 
 from moe_route.analysis import load_balance
+from moe_route.analysis.load import layer_metrics
 from moe_route.recording import Recorder, all_reduce
 from moe_route.routed import RoutedModel, attach
 from moe_route.steering import Plan, Reach
@@ -75,7 +76,8 @@ class RoutingCallback(TrainerCallback):
         Args:
             trainer: the trainer that logs. It is not kept alive.
             every: steps per window; by default ``logging_steps`` of the trainer.
-            by_layer: also log entropy and largest share of every layer.
+            by_layer: also log entropy and largest share of every layer, and what a server's ``/metrics`` shows of it,
+                under the same names: "moe_route_dead_experts/3".
             engine: how to attach, see `moe_route.attach`.
 
         Raises ``ValueError`` if `every` is less than 1. Training raises the errors of `moe_route.attach`.
@@ -164,6 +166,9 @@ class RoutingCallback(TrainerCallback):
         if statistics is None or trainer is None:
             return
         scalars = load_balance(statistics).scalars(by_layer=self._by_layer)
+        if self._by_layer:
+            for name, values in layer_metrics(statistics).items():
+                scalars |= {f"moe_route_{name}/{layer}": float(value) for layer, value in enumerate(values)}
         prefix = "eval_" if part == "evaluation" else ""
         control, due = trainer.control, trainer.control.should_log
         trainer.log({f"{prefix}{name}": value for name, value in scalars.items()})

@@ -9,6 +9,7 @@ import pytest
 
 from moe_route import analysis
 from moe_route.analysis import AnalysisError
+from moe_route.analysis.load import layer_metrics, metrics_text
 from moe_route.recording import RoutingStatistics
 
 COUNTS = np.array(
@@ -132,3 +133,34 @@ def test_shown_and_saved():
     assert "never chosen" in repr(found)
     pytest.importorskip("pandas")
     assert found.to_pandas().set_index(["group", "layer"]).loc[("deu", 0), "dead"] == 0.5
+
+
+def test_numbers_of_a_dashboard_by_layer_and_since_an_earlier_state():
+    now = statistics()
+    balance = analysis.load_balance(now, pool=True)
+    found = layer_metrics(now)
+    np.testing.assert_array_equal(found["tokens"], now.tokens().sum(0))
+    np.testing.assert_allclose(found["normalized_entropy"], balance.entropy[0])
+    np.testing.assert_allclose(found["top_share"], balance.max_share[0])
+    np.testing.assert_allclose(found["dead_experts"], [0, 0, 0])
+    assert (found["steered_share"] == 0).all()
+    np.testing.assert_allclose(layer_metrics(now, [0])["dead_experts"], [0, 3, 0])
+    before = statistics(COUNTS * [[[1], [1], [0]], [[0], [1], [0]]])
+    since = layer_metrics(now, None, before)
+    np.testing.assert_array_equal(since["tokens"], [8, 0, 16])
+    assert np.isnan(since["top_share"][1])
+    np.testing.assert_allclose(since["top_share"][[0, 2]], [0.5, 18 / 32])
+    np.testing.assert_array_equal(layer_metrics(before, None, now)["tokens"], before.tokens().sum(0))  # a new recording
+
+
+def test_a_file_for_prometheus_has_escaped_labels():
+    made = metrics_text(statistics(groups=('a"b', "c")), ['a"b'])
+    lines = made.splitlines()
+    assert lines[:3] == [
+        "# HELP moe_route_tokens_total Tokens counted.",
+        "# TYPE moe_route_tokens_total counter",
+        'moe_route_tokens_total{layer="0",group=""} 16.0',
+    ]
+    assert 'moe_route_dead_experts{layer="1",group="a\\"b"} 3.0' in lines
+    assert sum(line.startswith("# TYPE") for line in lines) == 5
+    assert len(lines) == 5 * (2 + 2 * 3)

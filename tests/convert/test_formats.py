@@ -182,6 +182,17 @@ def easysteer(folder: Path) -> Path:
     return as_json(folder / "steer.json", {"layer_configs": layers})
 
 
+def riy(folder: Path) -> Path:
+    pairs = [[0, 3], [0, 1], [4, 7], [0, 3]]
+    return as_json(folder / "riy.json", {"version": 1, "model": "m", "workload": "w", "pruned_experts": pairs})
+
+
+def ascend(folder: Path) -> Path:
+    path = folder / "ranked.jsonl"
+    path.write_text('{"0":[2,0,3,1]}\n{"1":[1,3,0,2]}\n', "utf-8")
+    return path
+
+
 # format -> (how a file is made, options that it needs)
 MADE: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
     "gate-sums": (gate_sums, {}),
@@ -200,6 +211,8 @@ MADE: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
     "megatron": (megatron, {}),
     "steermoe": (steermoe, {"activate": 1, "deactivate": 2}),
     "easysteer": (easysteer, {}),
+    "riy": (riy, {}),
+    "ascend": (ascend, {"deactivate": 1}),
 }
 
 
@@ -408,6 +421,19 @@ def test_steermoe_takes_the_largest_differences_of_each_sign(tmp_path):
     assert read("steermoe", tmp_path, activate=1, deactivate=0, reverse=True).scores == {0: {1: 0.25}}
 
 
+def test_experts_that_a_server_prunes(tmp_path):
+    assert read("riy", tmp_path) == {0: (1, 3), 4: (7,)}
+    assert read("ascend", tmp_path, deactivate=2) == {0: (1, 3), 1: (0, 2)}
+    for name, words in (('{"0":[0,1]}\n{"0":[1,0]}\n', "two lines"), ('{"0":[0,2]}\n{"1":[1,0]}\n', "each of its")):
+        (tmp_path / "wrong.jsonl").write_text(name, "utf-8")
+        with pytest.raises(FileRefusedError, match=words):
+            convert.read(tmp_path / "wrong.jsonl", deactivate=1)
+    with pytest.raises(FileRefusedError, match="version 1 is read"):
+        convert.read(as_json(tmp_path / "riy.json", {"version": 2, "pruned_experts": []}))
+    with pytest.raises(FileRefusedError, match="leaves none"):
+        read("ascend", tmp_path, deactivate=4)
+
+
 def test_easysteer_rules(tmp_path):
     expected = (
         Plan.force_off({3: [2, 6], 4: [5]}, weight="steermoe")
@@ -529,7 +555,7 @@ def _replaced(content: object, value: object) -> list[object]:
 
 
 JSON = ["gate-sums", "expert-counts", "gpt-oss-example", "gpt-oss-analytics", "esft-scores", "esft-experts"]
-JSON += ["vllm-response", "easysteer"]
+JSON += ["vllm-response", "easysteer", "riy"]
 
 
 @pytest.mark.parametrize("name", JSON)

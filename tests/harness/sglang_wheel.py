@@ -21,8 +21,11 @@ from typing import Any
 WHEELS = sorted(Path(os.environ.get("MOE_ROUTE_SGLANG_WHEELS") or os.devnull).glob("*.whl"))
 WHEEL = next((wheel for wheel in WHEELS if wheel.name.startswith("sglang-")), None)
 ABSENT = frozenset(
-    "compressed_tensors einops fastapi openai orjson partial_json_parser pybase64 sentencepiece setproctitle starlette "
-    "torchvision triton tvm_ffi uvicorn uvloop zmq aiohttp psutil".split()
+    (
+        *("compressed_tensors", "einops", "fastapi", "openai", "orjson", "partial_json_parser", "pybase64"),
+        *("sentencepiece", "setproctitle", "starlette", "torchvision", "triton", "tvm_ffi", "uvicorn", "uvloop"),
+        *("zmq", "aiohttp", "psutil"),
+    )
 )
 """Packages that SGLang imports, and that routing does not need. Those that are installed are taken as they are."""
 

@@ -100,6 +100,10 @@ def test_an_unfinished_window_is_logged_at_the_end_and_the_model_is_let_go(tmp_p
     assert {"moe/max_share_layer_0", "moe/normalized_entropy_layer_0"} <= set(windows[0])
     rest = load_balance(by_hand(run.model, rows(STEPS * BATCH, 0)[4 * BATCH :])).scalars(by_layer=True)
     assert windows[1] == pytest.approx(rest, abs=1e-6)  # by_hand could attach: the callback has let go
+    served = [entry for entry in run.state.log_history if "moe_route_tokens/0" in entry]
+    assert len(served) == 2
+    assert served[1]["moe_route_top_share/0"] == served[1]["moe/max_share_layer_0"]
+    assert served[1]["moe_route_steered_share/0"] == 0
 
 
 def test_evaluation_is_counted_apart(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Chosen experts: files of ESFT, of SteerMoE and of EasySteer's router steering."""
+"""Chosen experts: files of ESFT, SteerMoE, EasySteer's router steering, and of programs that prune inside vLLM."""
 
 from __future__ import annotations
 
@@ -141,6 +141,73 @@ def read_summary(source: Source, *, top_p: float = 0.2, score: str = "token", fi
         num_experts=len(experts),
         description=f"ESFT experts by {score} scores, top_p {top_p:g}",
     )
+
+
+# ---- experts to prune in vLLM, as two open pull requests take them.
+#
+# RIY (vllm-project/vllm pull request 37824): {"version": 1, "model", "workload", "pruned_experts": [[layer, expert]]}.
+# vLLM-Ascend (vllm-project/vllm-ascend pull request 12525): a line {layer: [experts, the best first]} per layer, of
+# which the first are kept. Layers are those of the model.
+
+
+@reads(
+    "riy",
+    "experts that RIY prunes in vLLM, profile",
+    gives="selection",
+    when=lambda source: source.json_with("pruned_experts"),
+)
+def read_riy(source: Source, *, num_experts: int | None = None, first_layer: int = 0) -> ExpertSelection:
+    """The pruned experts of a profile. Layers are numbered from ``first_layer``, the first MoE layer."""
+    if source.content.get("version") != 1:
+        raise source.refused(f"its version is {source.content.get('version')!r}", "version 1 is read")
+    pairs = source.content["pruned_experts"]
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise source.refused("its pruned_experts are no pairs of layer and expert", "get it again")
+    experts: dict[int, list[int]] = {}
+    try:
+        for layer, expert in pairs:
+            experts.setdefault(layer - first_layer, []).append(expert)
+        return ExpertSelection(experts, num_experts=num_experts, description=f"experts pruned by RIY, {source.name}")
+    except (TypeError, ValueError) as error:
+        raise source.refused(f"its experts do not fit ({error})", "check first_layer and num_experts") from error
+
+
+def _is_ranking(source: Source) -> bool:
+    """Whether every line ranks the experts of one layer."""
+    return source.form == "lines" and all(
+        isinstance(one, dict) and len(one) == 1 and all(isinstance(ids, list) for ids in one.values())
+        for one in source.content
+    )
+
+
+@reads("ascend", "ranked experts per layer, pruned by vLLM-Ascend, .jsonl", gives="selection", when=_is_ranking)
+def read_ascend(source: Source, *, deactivate: int, first_layer: int = 0) -> ExpertSelection:
+    """The last ``deactivate`` experts of every layer's ranking, which a server prunes that keeps the others.
+
+    A prune ratio of .5 is half of the experts. Layers are numbered from ``first_layer``, the first MoE layer.
+    """
+    ranked: dict[int, list[int]] = {}
+    for document in source.documents():
+        (layer,) = whole_numbers(source, document)
+        (ids,) = document.values()
+        if layer in ranked:
+            raise source.refused(f"layer {layer} has two lines", "get it again")
+        if not isinstance(ids, list) or not all(type(one) is int for one in ids) or sorted(ids) != [*range(len(ids))]:
+            raise source.refused(f"layer {layer} does not rank each of its experts once", "get it again")
+        if not 0 < deactivate < len(ids):
+            raise source.refused(
+                f"layer {layer} has {len(ids)} experts", f"deactivate={deactivate} leaves none, or takes none"
+            )
+        ranked[layer - first_layer] = ids
+    sizes = {len(ids) for ids in ranked.values()}
+    try:
+        return ExpertSelection(
+            {layer: ids[-deactivate:] for layer, ids in ranked.items()},
+            num_experts=sizes.pop() if len(sizes) == 1 else None,
+            description=f"the last {deactivate} experts of each layer, {source.name}",
+        )
+    except (TypeError, ValueError) as error:
+        raise source.refused(f"its experts do not fit ({error})", "check first_layer") from error
 
 
 # ---- files of SteerMoE (arXiv 2509.09660, github.com/adobe-research/SteerMoE) and of EasySteer's router steering.

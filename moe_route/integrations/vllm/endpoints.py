@@ -17,8 +17,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from moe_route.analysis.load import LAYER_METRICS, layer_metrics
 from moe_route.base.files import FileRefusedError
 from moe_route.integrations.serving.options import Options
 from moe_route.integrations.vllm.options import OFF
@@ -26,13 +25,6 @@ from moe_route.integrations.vllm.seams import planned_items
 from moe_route.recording.statistics import RoutingStatistics
 
 ROOT = "/v1/moe_route"
-GAUGES = {
-    "normalized_entropy": "Entropy of the load over its maximum: 1 is an even load.",
-    "top_share": "Share of the choices that the expert with the largest load takes.",
-    "dead_experts": "Experts that no token chose.",
-    "steered_share": "Share of the tokens that a rule of a plan reached.",
-}
-"""Name of a series, behind "moe_route_" -> what it says."""
 _LABELS = ("layer", "group")
 _LARGEST_PLAN = 64 << 20  # bytes
 logger = logging.getLogger("vllm.moe_route")
@@ -256,10 +248,11 @@ class RoutingMetrics:
         from prometheus_client import Counter, Gauge
 
         self._groups = ("", *groups)
-        self._tokens = Counter("moe_route_tokens", "Tokens counted.", _LABELS)
+        self._tokens = Counter("moe_route_tokens", LAYER_METRICS["tokens"], _LABELS)
         self._gauges = {
             name: Gauge(f"moe_route_{name}", words, _LABELS, multiprocess_mode="mostrecent")
-            for name, words in GAUGES.items()
+            for name, words in LAYER_METRICS.items()
+            if name != "tokens"
         }
         self._unbalanced = Gauge(
             "moe_route_unbalanced_tokens",
@@ -278,42 +271,8 @@ class RoutingMetrics:
             return
         for group in self._groups:
             rows = [row for row, name in enumerate(now.groups) if group in ("", name)]
-            counts = _new(now.token_sum("counts"), before.token_sum("counts"), rows)
-            tokens, steered = (_new(now.scalar(n), before.scalar(n), rows) for n in ("tokens", "steered"))
-            self._set(group, now, counts, tokens, steered)
-
-    def _set(
-        self, group: str, now: RoutingStatistics, counts: np.ndarray, tokens: np.ndarray, steered: np.ndarray
-    ) -> None:
-        from moe_route.analysis.load import load_balance
-
-        balance = None
-        if tokens.any():
-            window = RoutingStatistics.from_token_sums(
-                ["all"],
-                counts=counts[None],
-                tokens=tokens[None],
-                top_k=now.top_k,
-                layers=now.layers,
-                num_experts=now.num_experts,
-                tolerance=1.0,  # slots may be empty
-            )
-            balance = load_balance(window)
-        for layer, name in enumerate(now.layers):
-            self._tokens.labels(name, group).inc(int(tokens[layer]))
-            values = dict.fromkeys(self._gauges, np.nan)
-            if balance is not None and tokens[layer]:
-                values = {
-                    "normalized_entropy": balance.entropy[0, layer],
-                    "top_share": balance.max_share[0, layer],
-                    "dead_experts": balance.dead[0, layer] * now.num_experts[layer],
-                    "steered_share": steered[layer] / tokens[layer],
-                }
-            for kind, value in values.items():
-                self._gauges[kind].labels(name, group).set(float(value))
-
-
-def _new(now: np.ndarray, before: np.ndarray, rows: Sequence[int]) -> np.ndarray:
-    """What was added since, over these groups; everything, if a new recording began."""
-    added = now[rows].sum(0) - (before[rows].sum(0) if before.shape == now.shape else 0)
-    return now[rows].sum(0) if (added < 0).any() else added
+            values = layer_metrics(now, rows, before)
+            for layer, name in enumerate(now.layers):
+                self._tokens.labels(name, group).inc(int(values["tokens"][layer]))
+                for kind, gauge in self._gauges.items():
+                    gauge.labels(name, group).set(float(values[kind][layer]))

@@ -50,5 +50,3 @@ def sglang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             forward=forward_batch_info,
             params=sampling_params.SamplingParams,
         )
-
-

@@ -146,7 +146,7 @@ class Engine:
         forward = self.sglang.forward.ForwardBatch(
             forward_mode=mode.DECODE if decodes else mode.MIXED,
             batch_size=len(parts),
-            input_ids=torch.tensor(sum(ids, []), dtype=torch.int32),
+            input_ids=torch.tensor([one for part in ids for one in part], dtype=torch.int32),
             req_pool_indices=None,
             seq_lens=None,
             out_cache_loc=None,

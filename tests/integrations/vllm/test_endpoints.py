@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import moe_route as mr
+from moe_route.analysis.load import LAYER_METRICS
 from moe_route.integrations.serving.options import Options
-from moe_route.integrations.vllm.endpoints import GAUGES, Front, RequestRefusedError
+from moe_route.integrations.vllm.endpoints import Front, RequestRefusedError
 
 PLAN = mr.Plan.forbid({0: [1]})
 
@@ -109,5 +110,9 @@ def test_values_by_item_want_one_api_server(tmp_path: Path) -> None:
 def test_the_dashboard_asks_for_series_that_there_are() -> None:
     board = (Path(__file__).parents[3] / "docs" / "grafana.json").read_text(encoding="utf-8")
     asked = {name.removesuffix("_total") for name in re.findall(r"moe_route_\w+", board)}
-    assert asked == {"moe_route_tokens", "moe_route_unbalanced_tokens", *(f"moe_route_{name}" for name in GAUGES)}
+    assert asked == {
+        "moe_route_tokens",
+        "moe_route_unbalanced_tokens",
+        *(f"moe_route_{name}" for name in LAYER_METRICS),
+    }
     assert len(json.loads(board)["panels"]) == len(asked)

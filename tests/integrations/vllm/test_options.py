@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from moe_route.integrations.serving.options import EngineNotSupportedError, Options, request_error
-from moe_route.integrations.vllm.options import check_version, refuse_engine, refuse_recording
 from moe_route.integrations.serving.sites import transformers_name
+from moe_route.integrations.vllm.options import check_version, refuse_engine, refuse_recording
 
 
 def test_without_options_nothing_is_asked_for() -> None:
