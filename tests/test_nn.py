@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_route import ops
+import moe_route as mr
+from moe_route import ops, reference
 from moe_route.nn import ACTIVATIONS, Experts, SparseMoE, TopKRouter, load_balancing_loss
 from moe_route.ops import RouterSpec, expert_paths
 
@@ -363,3 +364,17 @@ def test_representation_says_what_it_is() -> None:
     text = repr(block_of(SUM))
     assert "num_experts=16" in text
     assert "renormalize='sum'" in text
+
+
+@pytest.mark.parametrize("engine", ["hook", "fused"])
+def test_a_capped_router_shows_capped_logits(engine: str) -> None:
+    """What steers, scores and is recorded are the capped logits; the router returns the product as it is."""
+    spec = RouterSpec("sigmoid", renormalize="sum", softcap=0.5)
+    block, hidden = block_of(spec), torch.randn(7, 24)
+    raw = block.router(hidden)[0]
+    with mr.attach(block, engine=engine) as routed, torch.no_grad():
+        with routed.router_logits() as logits:
+            block(hidden[None])
+        (shown,) = logits.values()
+        assert torch.equal(shown.view(7, 16), reference.capped(raw, spec))
+        assert shown.abs().max() < 0.5 < raw.abs().max()

@@ -8,7 +8,7 @@
 namespace moe_route::cpu {
 
 struct GateBackend {
-  size_t (*workspace_bytes)(int experts, int64_t rows);
+  size_t (*workspace_bytes)(const GateArgs& args, int64_t rows);
   void (*rows)(const GateArgs& args, int64_t begin, int64_t end,
                void* workspace);  // workspace aligned to 64 bytes
 };

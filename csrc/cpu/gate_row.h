@@ -70,10 +70,11 @@ template <class F>
 class RowGate {
  public:
   using T = typename F::Scalar;
-  static size_t workspace_bytes(int experts, int64_t rows) {
+  static size_t workspace_bytes(const GateArgs& args, int64_t rows) {
+    const int experts = args.experts;
     Arena arena(nullptr);
     for (int i = 0; i < block_of(experts, rows); ++i) Workspace<F>(arena, experts);
-    for (int i = 0; i < kSteeringRows; ++i) ForceStore(arena, experts);
+    for (int i = 0; i < kSteeringRows; ++i) ForceStore(arena, args);
     arena.take<int64_t>(Tally<F>::room(experts));
     return arena.used();
   }
@@ -134,7 +135,7 @@ class RowGate {
       block_rows_[i].work = Workspace<F>(arena, args.experts);
     }
     if (side_by_side_) spread_.clear(), scores_.clear(), weights_.clear();
-    for (ForceStore& force : force_) force = ForceStore(arena, args.experts);
+    for (ForceStore& force : force_) force = ForceStore(arena, args);
   }
 
   // Sixteen rows from t on at once, if they are alike.

@@ -46,9 +46,11 @@ struct ForceStore {
   float* free = nullptr;
   int32_t* lists[3] = {};
   ForceStore() = default;
-  ForceStore(Arena& arena, int experts)
-      : codes(arena.take<int8_t>(size_t(experts))), free(arena.take<float>(size_t(experts))) {
-    for (int32_t*& list : lists) list = arena.take<int32_t>(size_t(experts));
+  ForceStore(Arena& arena, const GateArgs& args) {
+    if (!(args.steering.planes & kForce)) return;
+    const size_t experts = size_t(args.experts);
+    codes = arena.take<int8_t>(experts), free = arena.take<float>(experts);
+    for (int32_t*& list : lists) list = arena.take<int32_t>(experts);
   }
 };
 

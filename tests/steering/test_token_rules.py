@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -298,6 +299,15 @@ def test_sparsemixer_weighs_choices_by_name_slot_by_slot(logits, plan):
     moved = (ids != natural).any(1)
     assert moved.any()
     torch.testing.assert_close(weights[moved], expected[moved], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan.fix_choice({0: [6, 0, 3]}), Plan.top_k(4, layers=0), Plan.gumbel(3, layers=0)], ids=str
+)
+def test_rules_see_capped_logits(logits, plan):
+    capped = replace(SIGMOID, softcap=0.7)
+    found, expected = routed(plan, logits, capped), routed(plan, reference.capped(logits, capped), SIGMOID)
+    assert all(torch.equal(mine, own) for mine, own in zip(found, expected, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------
