@@ -34,9 +34,6 @@ class BaseRouter:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.route(logits, self.top_k, self.routes_as)
 
-    def set_capture_fn(self, capture: Any) -> None:
-        self.capture_fn = capture
-
 
 class FusedTopKRouter(BaseRouter):
     pass
