@@ -314,7 +314,7 @@ def places(hint: Any, content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[
     hint = schema._bare(hint)
     inner = typing.get_args(hint)
     if is_dataclass(hint):
-        for one, of in schema._hints(hint).items():
+        for one, of in schema._hints(hint).items() if isinstance(content, dict) else ():
             if one in content:
                 yield at, one, hint
                 yield from places(of, content[one], (*at, one))
