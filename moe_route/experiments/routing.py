@@ -213,17 +213,18 @@ def learn_directions(
         collector = _Outputs(run.routed, wanted, position)
         kept = run.texts.only([at for at, name in enumerate(run.groups) if name in groups])
         long_enough = [at for at, ids in enumerate(kept.ids) if len(ids) >= -position]
-        number = [sum(kept.texts[at].group == name for at in long_enough) for name in groups]
-        if min(number) == 0:
-            short = groups[number.index(0)]
+        of_group = [[at for at in long_enough if kept.texts[at].group == name] for name in groups]
+        first, second = map(len, of_group)
+        if not first or not second:
+            short = groups[0 if not first else 1]
             raise ValueError(f"no text of group {short!r} has {-position} tokens: give longer texts, or position=-1")
-        side_of = {at: (groups.index(kept.texts[at].group), half % 2) for half, at in enumerate(long_enough)}
+        side_of = {at: (side, half % 2) for side, places in enumerate(of_group) for half, at in enumerate(places)}
         collector.read(language_model, kept, side_of, batch_size)
         identity, weights = identity_of(run.routed.model), [router.weights for router in run.routed.routers]
         sizes = tuple(router.num_experts for router in run.routed.routers)
         hashes = checkpoint_of(run.routed.model, weights)
     model = PlanModel(identity["name"], identity["config_hash"], sizes, **hashes)
-    return collector.result(groups, (number[0], number[1]), len(kept.ids) - len(long_enough), model)
+    return collector.result(groups, (first, second), len(kept.ids) - len(long_enough), model)
 
 
 class _Outputs:

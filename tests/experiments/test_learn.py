@@ -112,6 +112,9 @@ def test_the_agreement_is_the_cosine_of_two_halves(language_model: LanguageModel
     one, other = (learn_directions(language_model, texts[half::2], EXPERTS, GROUPS).vectors for half in (0, 1))
     cosines = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
     np.testing.assert_allclose(found.agreement, cosines, rtol=1e-6)
+    mixed = [text for pair in zip(texts[:6], texts[6:], strict=True) for text in pair]  # the groups in turn
+    again = learn_directions(language_model, mixed, EXPERTS, GROUPS)
+    np.testing.assert_allclose(again.agreement, cosines, rtol=1e-4)
 
 
 def block_outputs(language_model: LanguageModel, layer: int, text: Text) -> torch.Tensor:
