@@ -157,7 +157,7 @@ def metrics_text(statistics: RoutingStatistics, groups: Sequence[str] = ()) -> s
         for group, values in shown:
             label = group.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
             lines += [
-                f'{series}{{layer="{layer}",group="{label}"}} {"NaN" if np.isnan(value) else repr(float(value))}'
+                f'{series}{{group="{label}",layer="{layer}"}} {"NaN" if np.isnan(value) else repr(float(value))}'
                 for layer, value in zip(statistics.layers, values[name], strict=True)
             ]
     return "\n".join(lines) + "\n"

@@ -159,8 +159,8 @@ def test_a_file_for_prometheus_has_escaped_labels():
     assert lines[:3] == [
         "# HELP moe_route_tokens_total Tokens counted.",
         "# TYPE moe_route_tokens_total counter",
-        'moe_route_tokens_total{layer="0",group=""} 16.0',
+        'moe_route_tokens_total{group="",layer="0"} 16.0',
     ]
-    assert 'moe_route_dead_experts{layer="1",group="a\\"b"} 3.0' in lines
+    assert 'moe_route_dead_experts{group="a\\"b",layer="1"} 3.0' in lines
     assert sum(line.startswith("# TYPE") for line in lines) == 5
     assert len(lines) == 5 * (2 + 2 * 3)
