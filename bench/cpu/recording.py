@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Protocol
 
 import torch
@@ -164,6 +164,7 @@ class HookClock:
         self.wrapped.clear()
 
     def _timed(self, hook: Callable[..., object]) -> Callable[..., object]:
+        @wraps(hook)
         def timed(*args: object, **kwargs: object) -> object:
             start = time.perf_counter()
             result = hook(*args, **kwargs)

@@ -144,7 +144,7 @@ class ForwardHook:
         later = later_hooks(self.module, self.hook)
         if later:
             hooks = self.module._forward_hooks
-            _to_end(hooks, next(number for number, hook in hooks.items() if hook is self.hook))
+            _to_end(hooks, next(number for number, hook in hooks.items() if _is(hook, self.hook)))
         return bool(later)
 
     def remove(self) -> None:
@@ -173,13 +173,18 @@ def later_hooks(module: nn.Module, hook: Callable[..., Any] | None) -> list[int]
 
     Raises `RuntimeError` if `hook` is not among them.
     """
-    numbers = [number for number, other in module._forward_hooks.items() if other is hook]
+    numbers = [number for number, other in module._forward_hooks.items() if _is(other, hook)]
     if hook is not None and not numbers:
         raise RuntimeError(
             f"the hook of moe-route was taken out of {type(module).__name__} after attach: detach(), and attach again"
         )
     listed = list(module._forward_hooks)
     return listed if hook is None else listed[listed.index(numbers[0]) + 1 :]
+
+
+def _is(hook: Callable[..., Any], ours: Callable[..., Any] | None) -> bool:
+    """Whether a registered hook is ours, or what somebody who times hooks has wrapped around it."""
+    return hook is ours or (ours is not None and getattr(hook, "__wrapped__", None) is ours)
 
 
 def _to_end(hooks: dict[int, Callable[..., Any]], number: int) -> None:

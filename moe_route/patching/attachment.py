@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, NoReturn, Protocol
 
 import torch
@@ -128,18 +129,17 @@ class Attachment:
         self._context.placeholders = placeholder_ids(model)
         self._engines = [ENGINES[router.engine](router, self._context) for router in self.routers]
         for each in self._engines:
+            each.unchecked = each.router in unchecked
             if isinstance(each, FusedEngine):
                 each.asks_model = ties == "model"
-            elif isinstance(each, HookEngine):
-                each.unchecked = each.router in unchecked
         self._changes: list[Change] = []
         self._hooks: list[ForwardHook | None] = []  # by router: the hook that sees what it returns
         self._guards: dict[int, KeptOutput] = {}  # by router: what sees that nobody changes it afterwards
         self._watching: list[Change] = []
         self._sinks: tuple[OutputSink | None, InputSink | None] = (None, None)
         experts = (ExpertsSwitch(model, pack=pack),) if experts_implementation == "moe_route" else ()
-        self._install((*experts, *self._own_changes()))
-        self._forwards = [runs_by(router.module) for router in self.routers]
+        self._forwards: list[tuple[object, ...]] = []  # by router: what runs when it is called
+        self._install(chain(experts, self._own_changes()))
 
     @property
     def attached(self) -> bool:
@@ -321,7 +321,10 @@ class Attachment:
         )
 
     def _own_changes(self) -> Iterator[Change]:
-        """Yield all changes to the model in the order of installation, except the switch of its experts."""
+        """Yield all changes to the model in the order of installation, except the switch of its experts.
+
+        Each is installed before the next one is asked for.
+        """
         for engine in self._engines:
             yield _Registered(engine.router.module, self)
         for module, reader in call_readers(self.model, [router.name for router in self.routers]):
@@ -332,6 +335,7 @@ class Attachment:
             changes = engine.changes()
             yield from changes
             self._hooks.append(_choice_hook(engine, changes))
+        self._forwards = [runs_by(router.module) for router in self.routers]
 
     def _install(self, changes: Iterable[Change]) -> None:
         """Make all changes, or none of them if one fails or an interrupt comes."""
@@ -560,8 +564,6 @@ def _check(routers: list[RouterInfo]) -> list[RouterInfo]:
         why = unreadable(router.module)
         if why is not None:
             router.notes = (*router.notes, f"{NOT_CHECKED}: {why}")
-            if router.engine == "fused":
-                router.engine, router.reason = "hook", f"fused was asked for, but {why}"
             unchecked.append(router)
             continue
         dtype = None if router.parameter is None else router.parameter.dtype

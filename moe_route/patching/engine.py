@@ -36,7 +36,7 @@ from moe_route.patching.context import RunningCall
 from moe_route.patching.deferred import versions
 from moe_route.reference import capped
 from moe_route.routers.adapter import Decision, Output
-from moe_route.routers.check import check_output, undecided
+from moe_route.routers.check import check_output, runs_alone, undecided
 from moe_route.routers.discovery import RouterInfo
 from moe_route.routers.family import gate_logits, weight_dtype
 
@@ -69,7 +69,10 @@ class Choice(NamedTuple):
 
 
 class Engine(ABC):
-    """The base of both engines: holds the current settings and writes a steered choice in the model's form."""
+    """The base of both engines: holds the current settings and writes a steered choice in the model's form.
+
+    `unchecked`: whether the router had no weights at attach, and was not compared with its specification since.
+    """
 
     def __init__(self, router: RouterInfo, context: RunningCall) -> None:
         self.router, self.context = router, context
@@ -81,6 +84,7 @@ class Engine(ABC):
         self.directions: AddedDirections | None = None
         self._decided: tuple[Tensor, Tensor] | None = None  # token table and logits, until the experts have run
         self.cohort = -1  # engines with equal numbers are counted together (`deferred`)
+        self.unchecked = False
 
     def configure(
         self,
@@ -99,6 +103,12 @@ class Engine(ABC):
         silent = statistics is None and steering is None and on_choice is None
         self.adapter.idle = silent and not on_logits and directions is None
         self.adapter.may_leave_empty = steering is not None and not EMPTYING.isdisjoint(steering.tables)
+
+    def check(self, args: tuple[object, ...], output: object) -> None:
+        """Compare what the model's own router returned with the specification; raises `ModelNotSupportedError`."""
+        self.unchecked = not check_output(self.router, args, output)
+        if not self.unchecked:
+            self.router.notes = tuple(note for note in self.router.notes if not note.startswith(NOT_CHECKED))
 
     @abstractmethod
     def changes(self) -> Sequence[Change]:
@@ -231,13 +241,12 @@ class HookEngine(Engine):
 
     `keeps_output`: whether the model leaves the router's output unchanged (None: not known yet).
     `defers`: whether the hook only keeps the output of a small call, which is counted after the call.
-    `unchecked`: whether the router had no weights at attach, and was not compared with its specification since.
     """
 
     def __init__(self, router: RouterInfo, context: RunningCall) -> None:
         super().__init__(router, context)
         self.keeps_output: bool | None = None if self.adapter.output_is_complete and not self.adapter.patches else False
-        self.defers = self.unchecked = False
+        self.defers = False
 
     def configure(
         self,
@@ -270,7 +279,7 @@ class HookEngine(Engine):
         """Count the router's output; return a new output only if some token is steered."""
         context = self.context
         if self.unchecked and not (context.idle or is_compiling()):
-            self._check(args, output)
+            self.check(args, output)
         if context.small and self.defers and not is_compiling():
             context.deferred.kept.append((self, output, versions(output) if context.versioned else None))
             return None
@@ -300,11 +309,6 @@ class HookEngine(Engine):
             ops.observe(logits, ids, weights, self.spec, tokens=table, statistics=self.statistics)
         self.tell(decision.ids, decision.weights)
         return None
-
-    def _check(self, args: tuple[object, ...], output: object) -> None:
-        self.unchecked = not check_output(self.router, args, output)
-        if not self.unchecked:
-            self.router.notes = tuple(note for note in self.router.notes if not note.startswith(NOT_CHECKED))
 
     def _reroute(
         self,
@@ -371,6 +375,8 @@ class FusedEngine(Engine):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Route hidden [..., H]: returns router logits [T, E], weights [T, k], ids int64 [T, k]."""
         context, family = self.context, self.family
+        if self.unchecked and not is_compiling() and runs_alone(self.router, hidden.device):
+            self.check((hidden, *arguments), self.own_forward(module, hidden, *arguments))
         logits = gate_logits(module, family.gate, hidden)
         again = recomputing()
         table = None if context.idle else self.table(logits)

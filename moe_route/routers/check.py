@@ -59,6 +59,12 @@ def check_router(router: RouterInfo) -> str:
     return ""
 
 
+def runs_alone(router: RouterInfo, device: torch.device) -> bool:
+    """Whether a router can be compared with its specification where it runs now, on `device`."""
+    readable = unreadable(router.module) is None and device.type != "meta"
+    return readable and not router.module.training and not torch.is_autocast_enabled(device.type)
+
+
 def check_output(router: RouterInfo, args: tuple[object, ...], output: object) -> bool:
     """Compare what a router returned in a forward of the model with its specification (`check_router` could not run).
 
@@ -68,8 +74,7 @@ def check_output(router: RouterInfo, args: tuple[object, ...], output: object) -
     with torch.no_grad():
         decision = _read(router, args, output, None)
         logits = decision.logits
-        alone = unreadable(router.module) is None and not logits.is_meta and len(logits) > 0
-        if not alone or router.module.training or torch.is_autocast_enabled(logits.device.type):
+        if not len(logits) or not runs_alone(router, logits.device):
             return False
         assert isinstance(output, tuple)
         start = router.adapter.chosen(args, output, decision)

@@ -39,7 +39,7 @@ def test_upcycle_describe_record(answer, moe_route, dense: Path, tmp_path: Path)
     assert (made["num_experts"], made["layers"]) == (2, [1, 2])
     assert made["families"] == {"eng_Latn": 0, "swh_Latn": 1, "deu_Latn": 0}
     assert answer("describe", sparse)["layers"][1]["experts"] == 2
-    texts = ("--languages", "eng_Latn,swh_Latn", "--limit", 2)
+    texts = ("--languages", "eng_Latn,swh_Latn,deu_Latn", "--limit", 2)
     answer("record", sparse, "--plan", plan, *texts, "--out", tmp_path / "s.safetensors")
     assert moe_route("upcycle", dense, *options)[1].startswith("kept")
     refused(moe_route("upcycle", dense, *options, "--top-k", 1), "--force")

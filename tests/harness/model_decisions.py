@@ -7,9 +7,10 @@ Choices are dense: chosen bool [T, E] and weights float32 [T, E], so that the or
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +148,18 @@ _OF_ROUTER = {
 }
 
 
+def look_last(module: nn.Module, look: Callable[[nn.Module, Any, Any], object]) -> Any:
+    """Register a hook that sees what all others made of the output, those that are moved to the end later as well."""
+    handle = module.register_forward_hook(lambda *given: [None, look(*given)][0])
+
+    def move(*_: object) -> None:
+        if handle.id in module._forward_hooks:
+            cast("OrderedDict[int, Any]", module._forward_hooks).move_to_end(handle.id)
+
+    module.register_forward_pre_hook(move)
+    return handle
+
+
 def watch_experts(router: RouterInfo) -> list[Dense]:
     """A list that takes a dense choice each time the experts of `router` are run. After attaching only: what the router
     returns is seen as steering leaves it."""
@@ -156,13 +169,13 @@ def watch_experts(router: RouterInfo) -> list[Dense]:
         return _watch_loop(router, seen)
     if type(getattr(router.block, "experts", None)) is nn.ModuleList or "scores" in router.family.returns:
         read = _pair
-        router.module.register_forward_hook(lambda module, args, output: seen.append(read(router, *output)))
+        look_last(router.module, lambda module, args, output: seen.append(read(router, *output)))
         return seen
     if kind == "AriaExperts":
         return _watch_method(router, seen)
     if kind in _OF_ROUTER:
         read = _OF_ROUTER[kind]
-        router.module.register_forward_hook(lambda module, args, output: seen.append(read(router, *output)))
+        look_last(router.module, lambda module, args, output: seen.append(read(router, *output)))
         return seen
     if kind == "DogeCDMoE":
         experts, read = router.module.down_embed, _doge

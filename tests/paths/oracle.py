@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness.model_decisions import Dense, watch_experts
+from harness.model_decisions import Dense, look_last, watch_experts
 from torch import Tensor, nn
 
 import moe_route as mr
@@ -45,7 +45,7 @@ def _watch(router: RouterInfo) -> list[Dense]:
         mask, weights = output[0].flatten(0, -2) > 0, output[1].flatten(0, -2).float()
         seen.append((mask | (weights > 0) if mask.shape == weights.shape else mask, mask * weights))
 
-    router.module.register_forward_hook(look)
+    look_last(router.module, look)
     return seen
 
 

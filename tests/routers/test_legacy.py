@@ -527,9 +527,12 @@ def test_a_router_that_keeps_its_logits_and_scores_them_unseen_is_refused() -> N
 def test_a_block_whose_forward_is_changed_later_says_so() -> None:
     model = looping()
     with mr.attach(model) as routed, torch.no_grad():
-        model.layers[0].mlp.forward = lambda hidden: (hidden, hidden)
-        with routed.record(), pytest.raises(RuntimeError, match="made no choice that is seen"):
-            model(tokens(1, 4) % 64)
+        with routed.record():
+            model.layers[0].mlp.forward = lambda hidden: (hidden, hidden)
+            with pytest.raises(RuntimeError, match="made no choice that is seen"):
+                model(tokens(1, 4) % 64)
+        with pytest.raises(RuntimeError, match="was replaced after attach"):
+            routed.record().__enter__()
 
 
 def test_groups_left_out_are_filled_as_the_class_says() -> None:

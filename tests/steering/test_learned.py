@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from harness.model_decisions import look_last
 from harness.tiny_models import tiny_model, tokens
 
 import moe_route as mr
@@ -91,9 +92,7 @@ def test_a_known_optimum_is_found() -> None:
             by_slot, chosen = seen[0], seen[1]
             return torch.zeros_like(by_slot).scatter(1, chosen.long(), by_slot)
 
-        handle = routed.routers[0].module.register_forward_hook(
-            lambda module, args, output: seen.extend([output[1], output[2]])
-        )
+        handle = look_last(routed.routers[0].module, lambda module, args, output: seen.extend([output[1], output[2]]))
         with routed.steer(Plan.bias({0: dict(enumerate(best.tolist()))})), torch.no_grad():
             target = weights()
         learned = routed.learn(

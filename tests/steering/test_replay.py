@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.model_decisions import look_last
 from harness.tiny_models import inputs, tiny_model, tokens
 from torch import Tensor, nn
 
@@ -366,7 +367,7 @@ def test_gradients_are_those_of_the_replayed_weights(engine: str) -> None:
     with mr.attach(tiny_model("qwen3_moe", head=True), engine=engine) as routed, routed.steer(Plan.replay(ids)):
         gate = routed.routers[1].module
         seen: list[tuple[Tensor, ...]] = []
-        handle = gate.register_forward_hook(lambda _, args, output: seen.append((args[0], *output)))
+        handle = look_last(gate, lambda _, args, output: seen.append((args[0], *output)))
         routed.model(input_ids=tokens(2, 6))
         handle.remove()
         hidden, _, weights, chosen = seen[0]
@@ -431,7 +432,7 @@ def test_tokens_that_keep_their_own_choice_keep_every_bit(engine: str) -> None:
     ids[:, 2] = -1
     with mr.attach(tiny_model("qwen3_moe", torch.bfloat16, head=True), engine=engine) as routed:
         outputs: list[tuple[Tensor, ...]] = []
-        handle = routed.routers[0].module.register_forward_hook(lambda _, args, output: outputs.append(output))
+        handle = look_last(routed.routers[0].module, lambda _, args, output: outputs.append(output))
         given = tokens(2, 6)
         routed.model(given)
         with routed.steer(Plan.replay(ids)):
@@ -496,7 +497,7 @@ def test_conditions_narrow_a_replay() -> None:
             assert traced_ids(routed, call, ["a", "b"]) == natural
         with routed.steer(Plan.replay(ids).only(groups="x")), routed.labels(["x", "y"]), torch.no_grad():
             seen: list[Tensor] = []
-            handle = routed.routers[0].module.register_forward_hook(lambda _, args, output: seen.append(output[2]))
+            handle = look_last(routed.routers[0].module, lambda _, args, output: seen.append(output[2]))
             call()
             handle.remove()
         assert seen[0][:6].tolist() == ids[0, :, 0].tolist()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.model_decisions import look_last
 from harness.tiny_models import EVERY, MAIN, inputs, tiny_model, tokens
 from torch import Tensor, nn
 
@@ -548,7 +549,7 @@ def seen_by(model: nn.Module, routed: mr.RoutedModel) -> list[list[tuple[Tensor,
     """What each router returns, from now on."""
     seen: list[list[tuple[Tensor, ...]]] = [[] for _ in routed.routers]
     for router in routed.routers:
-        router.module.register_forward_hook(lambda _, args, output, at=router.layer: seen[at].append(output))
+        look_last(router.module, lambda _, args, output, at=router.layer: seen[at].append(output))
     return seen
 
 
