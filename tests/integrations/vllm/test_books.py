@@ -206,7 +206,8 @@ def test_a_full_disk_keeps_the_last_whole_file(
         found = in_vllm(llm, rows[2:4], record=False)
     assert found.texts
     assert path.read_bytes() == kept
-    assert sum("free some space" in record.getMessage() for record in caplog.records) == 1  # not once a step
+    # the handler of a test before may stand beside this one, and see the same records
+    assert len({id(record) for record in caplog.records if "free some space" in record.getMessage()}) == 1  # not a step
     end(llm)
     assert RoutingStatistics.load(path).sequences().sum() == 4
 
