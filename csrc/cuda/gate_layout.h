@@ -42,8 +42,7 @@ enum class Level : int {
   kPlain = 0,   // choose, weigh, count the chosen
   kScored = 1,  // and group limits, and what counts the scores of all experts: mass, entropy
   kSoft = 2,    // and steering by kSoftPlanes and row parameters
-  kFull =
-      3,  // and everything else: force, other planes, remap, given choices, SparseMixer, softcap, natural counts
+  kFull = 3,    // and all else: force, other planes, remap, given choices, SparseMixer, softcap, natural
 };
 inline constexpr uint32_t kSoftPlanes = kScale | kBias | kStd | kMagnitude;
 

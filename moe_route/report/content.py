@@ -384,7 +384,7 @@ def _cards(inputs: Inputs, pieces: Pieces) -> dict[str, Any] | None:
         try:
             predicted = analysis.predict(_part(trace), features=("token", "previous and token"))
         except AnalysisError as error:
-            logger.warning("the trace %s gives no cards of experts: %s", name, error)
+            logger.info("the trace %s gives no cards of experts: %s", name, error)
             continue
         most = max(1, _CONTEXTS // max(len(predicted.contexts), 1))
         text = cache(lambda token: "" if token < 0 else pieces([token])[0][0])
