@@ -205,7 +205,7 @@ def _asked_for(options: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 
 
 def _run_file(options: argparse.Namespace) -> Answer:
-    output(options.out, options.trace)
+    output(options.out, options.trace, options.metrics)
     plan = None if options.plan is None else load_plan(options.plan)
     work = texts(options)
     groups = list(dict.fromkeys(text.group for text in work))
@@ -243,7 +243,8 @@ def _run_file(options: argparse.Namespace) -> Answer:
         "trace": options.trace,
         "interrupted": done < len(work),
     }
-    written = f"written to {options.out}" + (f" and {options.trace}" if options.trace is not None else "")
+    paths = [options.out, *(path for path in (options.trace, options.metrics) if path is not None)]
+    written = f"written to {' and '.join(map(str, paths))}"
     text = "\n".join(filter(None, (repr(statistics), ran.note, written)))
     if done < len(work):
         text += f"\ninterrupted: these are {done} of {len(work)} texts"

@@ -86,12 +86,14 @@ class TestRecord:
     def test_what_was_recorded_before_ctrl_c_is_kept(self, moe_route, monkeypatch, tmp_path: Path):
         out = tmp_path / "statistics.safetensors"
         interrupt_in_call(monkeypatch, 2)
-        code, text, _ = moe_route("record", "--out", out, *SMALL)
+        code, text, _ = moe_route("record", "--out", out, "--metrics", tmp_path / "m.prom", *SMALL)
         assert code == 130
         assert "interrupted: these are 8 of 12 texts" in text
         statistics = mr.RoutingStatistics.load(out)
         assert statistics.sequences().sum() == 8  # the call that ran went through to its end
         statistics.verify()
+        total = f'moe_route_tokens_total{{group="",layer="{statistics.layers[0]}"}} {statistics.tokens()[:, 0].sum()}.0'
+        assert total in (tmp_path / "m.prom").read_text().splitlines()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_a_second_ctrl_c_ends_at_once(self, moe_route, monkeypatch, tmp_path: Path):
@@ -217,6 +219,7 @@ class TestWhatAUserGetsWrong:
     def test_two_results_in_one_file(self, moe_route, files, tmp_path: Path):
         one = ("--out", tmp_path / "a.safetensors")
         refused(moe_route("record", *one, "--trace", tmp_path / "." / "a.safetensors", *SMALL), "one file")
+        refused(moe_route("record", *one, "--metrics", tmp_path / "a.safetensors", *SMALL), "one file")
         found = ("--task", files["task"], "--baseline", files["general"], "--group", "eng_Latn")
         refused(moe_route("analyze", "experts", *found, *one, "--plan", tmp_path / "a.safetensors"), "one file")
         assert not list(tmp_path.iterdir())
