@@ -475,7 +475,8 @@ OracleRow oracle_row(const Problem& p, int64_t t, bool natural = false) {
   o.z.assign(p.logits.begin() + t * a.experts, p.logits.begin() + (t + 1) * a.experts);
   const float cap = a.spec.softcap;
   for (double& z : o.z) {  // in the precision of the gate, where large logits become equal
-    if (cap != 0) z = a.logits_type == DType::kFloat64 ? std::tanh(z / cap) * cap : math::tanh(float(z) / cap) * cap;
+    if (cap != 0)
+      z = a.logits_type == DType::kFloat64 ? std::tanh(z / cap) * cap : math::tanh(float(z) / cap) * cap;
   }
   o.force.assign(size_t(a.experts), 0);
   const int32_t* token = a.token_table ? a.token_table + t * kTokenColumns : nullptr;
@@ -803,7 +804,8 @@ void test_math() {
   check_ulp("tanh near 0.7", 0.69, 0.71, 1.1, tanh, [](double x) { return std::tanh(x); });
   context = "tanh";
   check(tanh(kInf) == 1.0f && tanh(-kInf) == -1.0f && std::isnan(tanh(kNaN)), "tanh of infinities and NaN");
-  check(std::signbit(tanh(-0.0f)) && !std::signbit(tanh(0.0f)) && tanh(1e-40f) == 1e-40f, "tanh of tiny numbers");
+  check(std::signbit(tanh(-0.0f)) && !std::signbit(tanh(0.0f)) && tanh(1e-40f) == 1e-40f,
+        "tanh of tiny numbers");
   float before = 0;
   bool rises = true;
   for (int32_t i = math::as_int(0x1p-20f); i < math::as_int(16.0f); i += 3) {
