@@ -114,21 +114,21 @@ def committed() -> str:
 def serving() -> str:
     """What the plug-in adds to steps of stock vLLM, as markdown."""
     content = json.loads(COMMITTED_SERVING.read_text())
-    stock = {row["case"]: row for row in content["rows"] if not row["ours"]}
+    rows = {(row["section"], row["case"], row["ours"]): row for row in content["rows"]}
+    added = {(fact["case"], fact["what"]): fact["value"] for fact in content["facts"]}
     lines = []
-    for row in content["rows"]:
-        if row["ours"]:
-            added, low, high = (
-                f"{(1 / row[name] - 1) * 100:+.1f} %" for name in ("times_peer", "times_peer_high", "times_peer_low")
-            )
-            lines.append((row["case"], *(duration(r["median"]) for r in (stock[row["case"]], row)), added, low, high))
+    for case in dict.fromkeys(case for case, _ in added):
+        times = (duration(rows["Serving", case, ours]["median"]) for ours in (False, True))
+        median, low, high = (added[case, what] for what in ("added", "lower end", "upper end"))
+        wall = (1 / rows["Serving, wall", case, True]["times_peer"] - 1) * 100
+        lines.append((case, *times, f"{median:+.1f} %", f"{low:+.1f} to {high:+.1f} %", f"{wall:+.1f} %"))
     targets = [(t["what"], t["wanted"], t["measured"], "yes" if t["met"] else "**no**") for t in content["targets"]]
     machine = content["machine"]
     return "\n".join(
         [
             f"{machine['threads used']} threads of a shared {machine['processor']} machine, vLLM {machine['vllm']}, "
-            f"load {machine['load']}:\n",
-            table(("", "stock vLLM", "with moe-route", "added", "lower quartile", "upper quartile"), lines),
+            f"load {machine['load']}, processor time of a step:\n",
+            table(("", "stock vLLM", "with moe-route", "added", "95 % interval", "added on the wall"), lines),
             table(("target", "wanted", "measured", "met"), targets),
         ]
     )

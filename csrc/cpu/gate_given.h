@@ -12,7 +12,7 @@ class Given {
   explicit Given(const GateArgs& args) : given_(args.given), experts_(args.experts), k_(args.k) {}
 
   bool replays() const { return given_.mode == GivenMode::kReplay; }
-  bool natural() const { return given_.mode == GivenMode::kNatural; }
+  bool is_baseline() const { return given_.mode == GivenMode::kBaseline; }
   bool has_weights() const { return given_.weights != nullptr; }
 
   int32_t id(int64_t slot) const {
@@ -32,7 +32,7 @@ class Given {
 
   // True if the given choice is the row's choice; then its ids are in `c`.
   bool read(int64_t t, bool steered, Choice<F>& c) const {
-    if (!has(t) || (given_.mode == GivenMode::kNatural && steered)) return false;
+    if (is_baseline() || !has(t) || (given_.mode == GivenMode::kNatural && steered)) return false;
     bool whole = true;
     for (int j = 0; j < k_; ++j) {
       c.ids[j] = id(t * k_ + j);

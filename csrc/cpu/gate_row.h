@@ -537,10 +537,10 @@ class RowGate {
 
   void compare_with_natural(Row<F>& row) {
     const Choice<F>& c = row.choice;
-    if (!row.steering && !is_replay(row)) return tally_.compare(c, nullptr, 0);
+    if (!row.steering && !is_replay(row) && !given_.is_baseline()) return tally_.compare(c, nullptr, 0);
     Choice<F> natural;
     natural.count = args_.k;
-    if (given_.natural() && given_.has(row.t)) {
+    if (!given_.replays() && given_.has(row.t)) {
       for (int j = 0; j < args_.k; ++j) natural.ids[j] = given_.id(row.t * args_.k + j);
     } else {
       choose_unsteered(row, natural);

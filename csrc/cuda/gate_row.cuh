@@ -153,10 +153,12 @@ class RowGate {
     return row.given && args_.given.mode == GivenMode::kReplay;
   }
 
+  __device__ __forceinline__ bool is_baseline() const { return args_.given.mode == GivenMode::kBaseline; }
+
   // Takes the given choice where it is the row's choice.
   __device__ __forceinline__ void take_given(Row& row, Chosen& choice) {
     const bool replay = args_.given.mode == GivenMode::kReplay;
-    row.given = given_.has(row.t) && (replay || !row.steering.steered());
+    row.given = !is_baseline() && given_.has(row.t) && (replay || !row.steering.steered());
     if (!row.given) return;
     given_.read_ids(row.t, choice);
     if (replay) row.slots = args_.k;
@@ -211,9 +213,10 @@ class RowGate {
       choose(row, row.steering, true, true, loaded, choice);
       return -1;
     } else {
-      const bool compared =
-          row.counted && tally_.wants_natural() && (row.steering.steered() || is_replay(row));
-      const bool natural_given = compared && args_.given.mode == GivenMode::kNatural && given_.has(row.t);
+      const bool compared = row.counted && tally_.wants_natural() &&
+                            (row.steering.steered() || is_replay(row) || is_baseline());
+      const bool natural_given =
+          compared && (args_.given.mode == GivenMode::kNatural || is_baseline()) && given_.has(row.t);
       const bool natural_chosen = compared && !natural_given;
       int natural_count = compared ? args_.k : -1;
       if (natural_given) {

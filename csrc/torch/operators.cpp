@@ -135,8 +135,8 @@ struct GivenTensors {
 GateGiven given_of(GivenTensors& keep, const MaybeTensor& ids, const MaybeTensor& weights, int64_t mode,
                    int64_t tokens, int64_t k, const Place& place) {
   GateGiven given;
-  if (mode < 0 || mode > static_cast<int64_t>(GivenMode::kReplay))
-    refuse("choice_mode = ", mode, " is outside 0..2");
+  if (mode < 0 || mode > static_cast<int64_t>(GivenMode::kBaseline))
+    refuse("choice_mode = ", mode, " is outside 0..3");
   if (ids.has_value() != (mode != 0)) refuse("choice and choice_mode must come together");
   if (!ids) {
     if (weights) refuse("choice weights need choice");

@@ -184,8 +184,8 @@ def _check_steering(
 
 
 def _check_given(ids: Tensor | None, weights: Tensor | None, mode: int, rows: int, k: int, place: torch.device) -> None:
-    if not 0 <= mode <= 2:
-        _refuse(f"choice_mode = {mode} is outside 0..2")
+    if not 0 <= mode <= 3:
+        _refuse(f"choice_mode = {mode} is outside 0..3")
     if (ids is not None) != (mode != 0):
         _refuse("choice and choice_mode must come together")
     if ids is None:

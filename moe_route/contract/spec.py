@@ -11,6 +11,8 @@ Score = Literal["softmax", "sigmoid", "sqrt_softplus", "identity", "sparsemixer"
 Order = Literal["score_then_topk", "topk_then_score"]
 GroupScore = Literal["max", "top2_sum"]
 Renormalize = Literal["none", "sum", "clamp", "norm"]
+# What a choice that comes with a call of `route` is for; the code of a name is its position and 1, 0 is no choice.
+ChoiceMode = Literal["natural", "replay", "baseline"]
 
 # The position of a name in its Literal is its code in csrc/include/moe_route/gate.h.
 SCORES: tuple[str, ...] = get_args(Score)

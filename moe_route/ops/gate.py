@@ -7,13 +7,13 @@ says which). A bad argument raises ValueError naming it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moe_route.contract.spec import RouterSpec
+from moe_route.contract.spec import ChoiceMode, RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.ops import registration  # noqa: F401 (defines the operators)
 from moe_route.ops.arguments import FAILURES, refuse_types
@@ -23,7 +23,7 @@ _observe = torch.ops.moe_route.observe.default
 _observe_layers = torch.ops.moe_route.observe_layers.default
 _route_weights = torch.ops.moe_route.route_weights.default
 
-_CHOICE_MODES = {"natural": 1, "replay": 2}
+_CHOICE_MODES = {name: code for code, name in enumerate(get_args(ChoiceMode), 1)}
 _NO_STATISTICS = (None, 0, None)
 _NO_STEERING = (None, 0, None, None)
 _OPTIONAL = ("correction_bias", "expert_scale", "steering", "tokens", "choice", "choice_weights", "statistics")
@@ -40,7 +40,7 @@ def route(
     tokens: Tensor | None = None,
     choice: Tensor | None = None,
     choice_weights: Tensor | None = None,
-    choice_mode: Literal["natural", "replay"] = "natural",
+    choice_mode: ChoiceMode = "natural",
     statistics: StatisticsTables | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose k experts per token and count the choice. The weights are differentiable, the choice is not.
@@ -63,7 +63,8 @@ def route(
         choice: integer [T, k], a choice that was already made; a row that starts with -1 has none.
         choice_weights: floating [T, k], weights of that choice; None: recomputed from the logits.
         choice_mode: ``natural``: unsteered rows return ``choice``, and steered rows are compared with it. ``replay``:
-            every row returns the ids of ``choice``, with weights recomputed from the (steered) scores.
+            every row returns the ids of ``choice``, with weights recomputed from the (steered) scores. ``baseline``:
+            every row chooses from ``logits``, and ``choice`` is only what natural counts and flips compare with.
         statistics: tables to add to, in place.
 
     Returns:
@@ -135,7 +136,7 @@ def _route_with_everything(
     mode = 0
     if choice is not None:
         if choice_mode not in _CHOICE_MODES:
-            raise ValueError(f"choice_mode = {choice_mode!r} is not one of natural, replay")
+            raise ValueError(f"choice_mode = {choice_mode!r} is not one of natural, replay, baseline")
         mode = _CHOICE_MODES[choice_mode]
     elif choice_weights is not None:
         raise ValueError("choice_weights need choice")
@@ -176,7 +177,7 @@ def _route_with_gradient(
     model = (logits, k, spec, correction_bias, expert_scale)
     _, ids = _route_with_everything(*model, steering, tokens, *made, statistics)
     chosen, before, remap = ids, steering, None
-    if steering is not None and tokens is not None and (choice is None or choice_mode == "natural"):
+    if steering is not None and tokens is not None and (choice is None or choice_mode != "replay"):
         remap = steering.packed[3]
         if remap is not None:
             before = steering.without_remap()

@@ -4,8 +4,9 @@ Six kinds of rules need more than a token's row: a user's own functions of the l
 own choice (only if absent), random draws per token, replaced scores, choices by expert id (fixed, replayed or drawn,
 the reserved slot), and more experts than the router has slots. Functions run first, on the model's own logits: all that
 follows sees what they return. The next three become tables with a row for each token. One `route` call then steers,
-chooses and weighs with them, and counts the tokens whose choice it makes. Tokens whose choice is made here, or that are
-routed again whatever their own choice, are excluded from that count. They are counted separately into the same tables.
+chooses and weighs with them, and counts the tokens whose choice it makes. Tokens that are routed again whatever their
+own choice are counted by a second call, which compares with the choice of the model. Tokens whose experts are named
+here are counted in torch. All add to the same tables.
 Nothing here waits for a device, except functions, which are given the rows of their tokens alone.
 
 Random draws are counter-based (SplitMix64), reproducible across devices and batch splits. A draw depends on the seed,
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from moe_route import reference
 from moe_route.base.devices import CaptureRefusedError, capturing, widest
-from moe_route.contract.spec import RouterSpec
+from moe_route.contract.spec import ChoiceMode, RouterSpec
 from moe_route.contract.tables import NEUTRAL, STEERING_PLANES, Force, StatisticsTables, SteeringTables
 from moe_route.contract.token_tables import Part, TokenTables, Where, stream_of
 from moe_route.modules.intercept import untraced
@@ -104,7 +105,7 @@ def route_tokens(
     apart = _either(named, anew)
     own = choice if anew is None else torch.where(anew[:, None], -1, choice)  # -1: no choice to keep
 
-    def routed(slots: int, table: Tensor, statistics: StatisticsTables | None = None) -> tuple[Tensor, Tensor]:
+    def routed(slots: int, offered: Tensor, mode: ChoiceMode, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         return route(
             steered.logits,
             slots,
@@ -112,37 +113,44 @@ def route_tokens(
             correction_bias=correction_bias,
             expert_scale=expert_scale,
             steering=steered.tables,
-            tokens=table,
-            choice=_padded(own, slots, -1),
+            tokens=steered.tokens if counted is None else _only(steered.tokens, counted),
+            choice=_padded(offered, slots, -1),
             choice_weights=None if choice_weights is None else _padded(choice_weights, slots, 0),
+            choice_mode=mode,
             statistics=statistics,
         )
 
-    weights, ids = routed(k, steered.tokens if apart is None else _only(steered.tokens, ~apart), statistics)
+    # counts compare these tokens with the choice of the model, which their logits do not give any more
+    baseline = torch.where(choice < 0, -2, choice)  # -2: no expert, where -1 in front would mean no choice
+    usual = anew if named is None or anew is None else anew & ~named
+    if more is not None and usual is not None:
+        usual = usual & ~more
+    weights, ids = routed(k, own, "natural", None if apart is None else ~apart)
+    if statistics is not None and usual is not None:
+        with torch.no_grad():
+            routed(k, baseline, "baseline", usual)
     if applied is not None and tables.functions_only is not None and choice_weights is not None:
         unchanged = _holds(row, tables.functions_only) & ~applied  # the model's own weights, with the same gradient
         own_weights = choice_weights.detach().to(weights.dtype) + (weights - weights.detach())
         weights = torch.where(unchanged[:, None], own_weights, weights)
     if more is not None:
-        wider_weights, wider_ids = routed(tables.wide, steered.tokens)
+        wider_weights, wider_ids = routed(tables.wide, baseline, "baseline", more if named is None else more & ~named)
         ids = torch.where(more[:, None], wider_ids, _padded(ids, tables.wide, -1))
         weights = torch.where(more[:, None], wider_weights, _padded(weights, tables.wide, 0))
     if named is not None:
         ids, weights = _choose(tables, ids, weights, replayed, named, row, steered, spec, counter, expert_scale)
-    if statistics is not None and apart is not None:
-        usual = apart if more is None else apart & ~more
-        for counted, slots in ((usual, k), (more, tables.wide)):
-            if counted is not None:
-                reference.observe_steered(
-                    steered.logits,
-                    ids[:, :slots],
-                    weights[:, :slots].detach(),
-                    spec,
-                    natural_ids=_padded(choice, slots, -1),
-                    steering=steered.tables,
-                    tokens=_only(steered.tokens, counted),
-                    statistics=statistics,
-                )
+    if statistics is not None and named is not None:
+        for counted, slots in ((named, k),) if more is None else ((named & ~more, k), (named & more, tables.wide)):
+            reference.observe_steered(
+                steered.logits,
+                ids[:, :slots],
+                weights[:, :slots].detach(),
+                spec,
+                natural_ids=_padded(choice, slots, -1),
+                steering=steered.tables,
+                tokens=_only(steered.tokens, counted),
+                statistics=statistics,
+            )
     return weights, ids, steered
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from torch import Tensor
 from moe_route import reference
 from moe_route.contract import checks
 from moe_route.contract.experts import ACTIVATIONS, PAIRINGS, Activation, Dispatch
-from moe_route.contract.spec import RouterSpec
+from moe_route.contract.spec import ChoiceMode, RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 
-_MODES: Sequence[Literal["natural", "replay"]] = ("natural", "natural", "replay")  # by choice_mode; 0: no choice
+_MODES: Sequence[ChoiceMode] = ("natural", *get_args(ChoiceMode))  # by choice_mode; 0: no choice
 _below_autograd = torch._C._AutoDispatchBelowAutograd  # autograd passes `route` through to here: it has no gradient
 _spec = cache(RouterSpec.from_packed)
 _activation = cache(Activation)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_route.contract.spec import RouterSpec
+from moe_route.contract.spec import ChoiceMode, RouterSpec
 from moe_route.contract.tables import StatisticsTables, SteeringTables
 from moe_route.reference.dispatch import in_range
 from moe_route.reference.statistics import Choice, count, count_choice, needs_scores, normalized
@@ -299,7 +299,7 @@ def route(
     tokens: Tensor | None = None,
     choice: Tensor | None = None,
     choice_weights: Tensor | None = None,
-    choice_mode: Literal["natural", "replay"] = "natural",
+    choice_mode: ChoiceMode = "natural",
     statistics: StatisticsTables | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score, steer, select, weigh and count; see `moe_route.ops.route`. The weights are differentiable.
@@ -325,16 +325,17 @@ def route(
         unsteered = read_steering(None, token, raw)
         natural_ids, _ = _select(raw, k, spec, correction_bias, unsteered)
     if choice is not None:
-        if choice.shape != ids.shape or choice_mode not in ("natural", "replay"):
+        if choice.shape != ids.shape or choice_mode not in get_args(ChoiceMode):
             raise ValueError(
-                f"choice must be {list(ids.shape)}, natural or replay, got {list(choice.shape)}, {choice_mode}"
+                f"choice must be {list(ids.shape)}, {', '.join(get_args(ChoiceMode))}, got {list(choice.shape)}, "
+                f"{choice_mode}"
             )
         known = in_range(choice, logits.shape[1])
         taken = choice[:, :1] != -1  # rows whose choice is the given one
         kept = _weigh(z, known, spec, expert_scale, row)
-        if choice_mode == "natural":
+        if choice_mode != "replay":
             natural_ids = None if natural_ids is None else torch.where(taken, known, natural_ids)
-            taken = taken & ~row.changed & (slots == k)
+            taken = taken & ~row.changed & (slots == k) & (choice_mode == "natural")
             if choice_weights is not None:
                 kept = torch.where(known >= 0, choice_weights.to(weights), 0.0)
         ids, weights = torch.where(taken, known, ids), torch.where(taken, kept, weights)

@@ -196,7 +196,7 @@ std::vector<GateWish> gate_wishes() {
     GateWish& wish = add();
     wish.planes = kForce, wish.force = force;
   }
-  for (GivenMode mode : {GivenMode::kNone, GivenMode::kNatural, GivenMode::kReplay}) {
+  for (GivenMode mode : {GivenMode::kNone, GivenMode::kNatural, GivenMode::kReplay, GivenMode::kBaseline}) {
     add().given = mode;
     add().tokens = 300;
   }

@@ -245,7 +245,7 @@ class GateDraw {
 
   void given() {
     static constexpr GivenMode kModes[] = {GivenMode::kNone, GivenMode::kNone, GivenMode::kNatural,
-                                           GivenMode::kReplay};
+                                           GivenMode::kReplay, GivenMode::kBaseline};
     a_.given.mode = wish_.given ? *wish_.given : g_.pick(kModes);
     if (a_.given.mode == GivenMode::kNone) return;
     std::vector<int32_t> order(static_cast<size_t>(a_.experts));

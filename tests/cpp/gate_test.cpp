@@ -214,7 +214,7 @@ void add_steering(Problem& p, Random& g, bool tame) {
 
 void add_given(Problem& p, Random& g) {
   GateArgs& a = p.args;
-  a.given.mode = one_in(g, 2) ? GivenMode::kNatural : GivenMode::kReplay;
+  a.given.mode = GivenMode(1 + below(g, 3));
   std::vector<int32_t> order(size_t(a.experts));
   std::iota(order.begin(), order.end(), 0);
   for (int64_t t = 0; t < a.tokens; ++t) {
@@ -486,7 +486,9 @@ OracleRow oracle_row(const Problem& p, int64_t t, bool natural = false) {
   if (o.steered) oracle_steer(a, o);
   const bool has_given = a.given.mode != GivenMode::kNone && p.given_ids[size_t(t * a.k)] != -1;
   o.replay = has_given && a.given.mode == GivenMode::kReplay && !natural;
-  o.given = o.replay || (has_given && a.given.mode == GivenMode::kNatural && !o.steered);
+  o.given = o.replay ||
+            (has_given && !o.steered &&
+             (a.given.mode == GivenMode::kNatural || (a.given.mode == GivenMode::kBaseline && natural)));
   if (o.replay) o.slots = a.k;
   oracle_choose(a, o);
   if (o.given) {
@@ -652,7 +654,7 @@ void count_row(const Problem& p, int64_t t, const OracleRow& o, const std::vecto
   }
   if (!has(kNaturalCounts)) return;
   std::vector<int> natural = ids;
-  if (o.steered || o.replay) natural = oracle_row(p, t, true).ids;
+  if (o.steered || o.replay || a.given.mode == GivenMode::kBaseline) natural = oracle_row(p, t, true).ids;
   double moved = 0;
   for (int id : natural) {
     if (id >= 0) plane[id] += 1;

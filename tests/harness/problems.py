@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from harness.backends import Backend
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_route.contract.spec import RouterSpec
+from moe_route.contract.spec import ChoiceMode, RouterSpec
 from moe_route.contract.tables import METRICS, SCALARS, Force, StatisticsTables, SteeringTables, token_table
 
 INF, NAN = float("inf"), float("nan")
@@ -46,7 +46,7 @@ class Problem:
     expert_scale: Tensor | None = None
     choice: Tensor | None = None
     choice_weights: Tensor | None = None
-    choice_mode: Literal["natural", "replay"] = "natural"
+    choice_mode: ChoiceMode = "natural"
     metrics: tuple[str, ...] = METRICS
 
     @property
@@ -235,7 +235,7 @@ def problems(draw: st.DrawFn, wild: bool = True) -> Problem:
         ids = torch.rand(num_tokens, num_experts, generator=make).argsort(1)[:, :k].contiguous()
         ids[torch.rand(num_tokens, generator=make) < 0.2, 0] = -1
         extra["choice"] = ids.to(draw(st.sampled_from([torch.int32, torch.int64])))
-        extra["choice_mode"] = draw(st.sampled_from(["natural", "replay"]))
+        extra["choice_mode"] = draw(st.sampled_from(get_args(ChoiceMode)))
         if extra["choice_mode"] == "natural" and draw(st.booleans()):
             choice_weights = torch.rand(num_tokens, k, generator=make)
             extra["choice_weights"] = choice_weights.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))

@@ -188,6 +188,32 @@ def test_replay_recomputes_the_weights(backend: Backend) -> None:
     assert ids[4].tolist() == [z[4].argmax().item(), -1, -1, -1]  # falls through, to a row with one slot
 
 
+def test_a_baseline_is_compared_with_and_never_chosen(backend: Backend) -> None:
+    """Logits that a function changed: the natural choice is the one that was made before, for unsteered rows too."""
+    natural, changed = torch.randn(2, 6, 10)
+    changed[0] = natural[0]
+    codes = torch.zeros(1, 10)
+    codes[0, 9] = Force.ON_NATURAL
+    tokens = token_table(6, steering_row=torch.tensor([-1, -1, -1, 0, 0, 0]))
+    own = backend.route(natural, 3, SUM)[1]
+    given = own.clone()
+    given[5] = -2  # the model dropped this token
+    table = tables(10)
+    steering = SteeringTables(1, 10, force=codes)
+    weights, ids = backend.route(
+        changed, 3, SUM, steering=steering, tokens=tokens, choice=given, choice_mode="baseline", statistics=table
+    )
+    expected_weights, expected = backend.route(changed, 3, SUM, steering=steering, tokens=tokens)
+    assert torch.equal(ids, expected) and torch.equal(weights, expected_weights)
+    assert torch.equal(table.metric("natural_counts")[0], own[:5].flatten().bincount(minlength=10))
+    assert torch.equal(table.metric("counts")[0], ids.flatten().bincount(minlength=10))
+    outside = (ids[:, :, None] != given[:, None]).all(2)
+    assert outside[0].sum() == 0 and outside[5].all()  # by hand: row 0 has its own logits, row 5 no natural choice
+    assert table.scalar("flipped")[0] == outside.sum()
+    total = (weights * outside).sum(1) / weights.sum(1)
+    torch.testing.assert_close(table.scalar("moved")[0].double() * 2.0**-32, total.double().sum(), rtol=1e-6, atol=0)
+
+
 def test_replay_of_a_forbidden_expert_weighs_nothing(backend: Backend) -> None:
     codes = torch.zeros(1, 6)
     codes[0, 2] = Force.FORBID

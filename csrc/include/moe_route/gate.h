@@ -147,7 +147,9 @@ enum TokenColumn : int32_t {
 //   that kNaturalCounts and flips compare with.
 // - kReplay: every row returns these ids; weights are always recomputed from the (steered) scores, and
 //   kRowTopK has no say.
-enum class GivenMode : int32_t { kNone = 0, kNatural = 1, kReplay = 2 };
+// - kBaseline: every row chooses from the logits; the ids are the natural choice that kNaturalCounts and flips
+//   compare with, of unsteered rows too (their logits are not the model's own). Weights are not read.
+enum class GivenMode : int32_t { kNone = 0, kNatural = 1, kReplay = 2, kBaseline = 3 };
 struct GateGiven {
   const void* ids = nullptr;      // kInt32 or kInt64
   const void* weights = nullptr;  // null: recomputed from the logits; else of a floating type
