@@ -8,14 +8,17 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib import import_module
+from threading import Barrier
 from typing import Any
 
 import torch
 
 from bench.cpu import vllm_experts
-from moe_route.bench.results import Fact, Measured, rows
+from moe_route.bench.results import Fact, Measured, Target, rows
 from moe_route.bench.timing import Contender, Effort, Pool, Race, race
 from moe_route.experts import packing, register_experts
 from moe_route.experts.packing import PackedWeights
@@ -31,6 +34,12 @@ PATHS = {f"{OURS}, {path}": path for path in (paths.STREAMED, paths.ACTIVATED, p
 OURS_PACKED = f"{OURS}, pack=True"
 READ, DENSE = "read the weights of the experts that were hit", "as many multiplications in two dense products"
 DTYPES = (torch.bfloat16, torch.float32)
+WANTED = {
+    "Qwen3-30B-A3B": {1: 3.3, 16: 2.6, 64: 2.0, 256: 1.5, 2048: 1.15},
+    "Mixtral-8x7B": {1: 1.95, 16: 1.6, 64: 1.2, 256: 1.0},
+}
+"""Model and tokens of a call -> how many times as fast as `grouped_mm` we want to be in place, in bfloat16."""
+OF_READING = 0.93  # of one token in place: the part of the floor that is wanted
 # Tokens of a call -> the part of the rounds that is spent on it.
 TOKENS = {1: 2, 16: 4, 64: 5, 256: 5, 2048: 10}
 
@@ -193,10 +202,25 @@ class RoutedModel:
 
         return contender
 
-    def read(self, index: int) -> list[torch.Tensor]:
-        """The floor of few tokens: reading every weight that takes part once."""
-        weights = self.module.gate_up_proj, self.module.down_proj
-        return [weight[expert].sum() for expert in self.hit[index % len(self)] for weight in weights]
+    def read(self, index: int) -> None:
+        """The floor of few tokens: every weight that takes part is read once, by as many threads as torch has.
+
+        Each reads its part of all weights by itself: threads that meet after every weight would wait most of the time.
+        """
+        hit = self.hit[index % len(self)]
+        for part in [_readers(len(self.parts)).submit(_sum, part, hit) for part in self.parts]:
+            part.result()
+
+    @cached_property
+    def parts(self) -> list[list[list[torch.Tensor]]]:
+        """By thread and expert: its part of the expert's weights, whose bits are taken for float32, which torch sums
+        fastest."""
+        threads, weights = torch.get_num_threads(), (self.module.gate_up_proj, self.module.down_proj)
+        cut = [weight.flatten(1).view(torch.float32).chunk(threads, 1) for weight in weights]
+        return [
+            [[weight[number][expert] for weight in cut] for expert in range(self.layer.experts)]
+            for number in range(threads)
+        ]
 
     def dense(self, index: int) -> list[torch.Tensor]:
         """The floor of many tokens: products of the same size, all rows with the weights of one expert."""
@@ -242,7 +266,50 @@ def compared(section: str, routed: RoutedModel, run: Race, read: str = READ) -> 
         Fact(section, case, f"{OURS}: operations a second", operations / took / 1e9, "GFLOP/s"),
     ]
     others = [name for name in names if not name.startswith(OURS)]
-    return Measured(rows(section, case, run, peers=peers, floors=dict.fromkeys(names, floor), others=others), facts)
+    found = rows(section, case, run, peers=peers, floors=dict.fromkeys(names, floor), others=others)
+    return Measured(found, facts, targets(routed, run, floor) if read == READ else [])
+
+
+def targets(routed: RoutedModel, run: Race, floor: str) -> list[Target]:
+    """What is wanted of this case on a CPU, in bfloat16."""
+    out, case = [], routed.title
+    if routed.dtype is not torch.bfloat16:
+        return out
+
+    def target(name: str, wanted: float, peer: str, times: float) -> None:
+        out.append(Target(f"{case}: {name}", f">= {wanted:g} times {peer}", f"{times:.2f}", times >= wanted))
+
+    wanted = WANTED.get(routed.layer.model, {}).get(routed.tokens)
+    if wanted is not None:
+        target(OURS, wanted, PEER, run.ratio(PEER, OURS))
+    if routed.tokens == 1:
+        target(OURS, OF_READING, "the speed of reading the weights", run.ratio(floor, OURS))
+    if {OURS_PACKED, vllm_experts.NAME} <= run.seconds.keys():
+        target(OURS_PACKED, 1, vllm_experts.NAME, run.ratio(vllm_experts.NAME, OURS_PACKED))
+    return out
+
+
+def _sum(weights: list[list[torch.Tensor]], experts: list[int]) -> None:
+    for expert in experts:
+        for weight in weights[expert]:
+            weight.sum()
+
+
+@cache
+def _readers(threads: int) -> ThreadPoolExecutor:
+    """So many threads, each of which works alone, that run before anything is timed."""
+    together = Barrier(threads + 1)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        together.wait()
+
+    readers = ThreadPoolExecutor(threads, initializer=alone)
+    for _ in range(threads):
+        readers.submit(int)
+    together.wait()
+    torch.set_num_threads(threads)  # the number that new threads begin with, which each of them has set
+    return readers
 
 
 def cases(
