@@ -94,28 +94,38 @@ class Tally {
 
   void chosen(const Choice<F>& c, int slots) {
     if (c.compact) {
-      const int count = c.count;
-      int64_t* const counts = counts_;
-      sums_[kStatEmpty] += slots - count;
-      for (int j = 0; counts && j < count; ++j) ++counts[c.ids[j]];
-      for (int j = 0; weight_ && j < c.count; ++j) weight_[c.ids[j]] += fixed_point(c.weights[j]);
-    } else {
-      chosen_with_holes(c, slots);
+      sums_[kStatEmpty] += slots - c.count;
+      return chosen(c.ids, c.weights, c.count);
     }
-    if (share_) shares(c);
+    chosen_with_holes(c, slots);
+    if (share_) shares(c.ids, c.weights, c.count);
   }
 
-  // natural: ids without steering, or null where the choice itself is natural.
-  void compare(const Choice<F>& c, const int32_t* natural, int count) {
-    if (natural == nullptr) natural = c.ids, count = c.count;
-    for (int j = 0; j < count; ++j) {
-      if (natural[j] >= 0) ++natural_[natural[j]];
+  // Experts of a row without empty slots.
+  void chosen(const int32_t* ids, const T* weights, int count) {
+    if (int64_t* const counts = counts_) {
+#pragma GCC unroll 4
+      for (int j = 0; j < count; ++j) ++counts[ids[j]];
     }
-    if (natural == c.ids) return;
+    for (int j = 0; weight_ && j < count; ++j) weight_[ids[j]] += fixed_point(weights[j]);
+    if (share_) shares(ids, weights, count);
+  }
+
+  // Natural choices: experts of a row, -1 for none.
+  void natural(const int32_t* ids, int count) {
+    for (int j = 0; j < count; ++j) {
+      if (ids[j] >= 0) ++natural_[ids[j]];
+    }
+  }
+
+  // ids: without steering, or null where the choice itself is natural.
+  void compare(const Choice<F>& c, const int32_t* ids, int count) {
+    if (ids == nullptr) return natural(c.ids, c.count);
+    natural(ids, count);
     T moved = 0;
     for (int j = 0; j < c.count; ++j) {
       bool found = c.ids[j] < 0;
-      for (int i = 0; i < count; ++i) found |= natural[i] == c.ids[j];
+      for (int i = 0; i < count; ++i) found |= ids[i] == c.ids[j];
       if (found) continue;
       sums_[kStatFlipped] += 1;
       moved += c.weights[j];
@@ -151,10 +161,10 @@ class Tally {
     sums_[kStatEmpty] += slots - present;
   }
 
-  void shares(const Choice<F>& c) {
-    const T total = sum_in_order(c.weights, c.count);
-    for (int j = 0; total != T(0) && j < c.count; ++j) {
-      if (c.ids[j] >= 0) share_[c.ids[j]] += fixed_point(c.weights[j] / total);
+  void shares(const int32_t* ids, const T* weights, int count) {
+    const T total = sum_in_order(weights, count);
+    for (int j = 0; total != T(0) && j < count; ++j) {
+      if (ids[j] >= 0) share_[ids[j]] += fixed_point(weights[j] / total);
     }
   }
 

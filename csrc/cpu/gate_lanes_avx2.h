@@ -189,18 +189,17 @@ struct CompressTable {
 };
 inline constexpr CompressTable kCompress;
 
-inline int append_half(__m256 values, __m256 mask, int first_id, float* out, int32_t* ids, int count) {
+inline int append_half(__m256 values, __m256 mask, __m256i id, float* out, int32_t* ids, int count) {
   const int m = _mm256_movemask_ps(mask);
   const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kCompress.lanes[m]));
   const __m256i lanes = _mm256_cvtepu8_epi32(packed);
   _mm256_storeu_ps(out + count, _mm256_permutevar8x32_ps(values, lanes));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(ids + count),
-                      _mm256_add_epi32(lanes, _mm256_set1_epi32(first_id)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(ids + count), _mm256_permutevar8x32_epi32(id, lanes));
   return count + __builtin_popcount(unsigned(m));
 }
-inline int append(Lanes values, Mask m, int first_id, float* out, int32_t* ids, int count) {
-  count = append_half(values.low, m.low, first_id, out, ids, count);
-  return append_half(values.high, m.high, first_id + 8, out, ids, count);
+inline int append(Lanes values, Mask m, Ints id, float* out, int32_t* ids, int count) {
+  count = append_half(values.low, m.low, id.low, out, ids, count);
+  return append_half(values.high, m.high, id.high, out, ids, count);
 }
 
 inline void transpose8(__m256 (&rows)[8]) {

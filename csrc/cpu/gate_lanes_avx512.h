@@ -133,11 +133,9 @@ inline float fold_min(Lanes a) {
 }
 
 // Compressed in registers and stored whole: compressing to memory is microcoded on Zen 4.
-inline int append(Lanes values, Mask m, int first_id, float* out, int32_t* ids, int count) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+inline int append(Lanes values, Mask m, Ints id, float* out, int32_t* ids, int count) {
   _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(m.m, values.v));
-  const __m512i id = _mm512_add_epi32(lane, _mm512_set1_epi32(first_id));
-  _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(m.m, id));
+  _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(m.m, id.v));
   return count + __builtin_popcount(bits(m));
 }
 

@@ -223,16 +223,13 @@ struct CompressTable {
 };
 inline constexpr CompressTable kCompress;
 
-inline int append(Lanes values, Mask m, int first_id, float* out, int32_t* ids, int count) {
-  static constexpr int32_t kFirst[4] = {0, 1, 2, 3};
+inline int append(Lanes values, Mask m, Ints id, float* out, int32_t* ids, int count) {
   const uint32_t set = bits(m);
-  int32x4_t id = vaddq_s32(vdupq_n_s32(first_id), vld1q_s32(kFirst));
   MOE_ROUTE_QUADS {
     const uint32_t quad = set >> 4 * i & 15;
     const uint8x16_t at = vld1q_u8(kCompress.bytes[quad]);
     vst1q_f32(out + count, vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(values.quad[i]), at)));
-    vst1q_s32(ids + count, vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(id), at)));
-    id = vaddq_s32(id, vdupq_n_s32(4));
+    vst1q_s32(ids + count, vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(id.quad[i]), at)));
     count += kCompress.count[quad];
   }
   return count;

@@ -241,13 +241,13 @@ inline T fold_min(Lanes<T> a) {
   return a.lane[0];
 }
 
-// Writes up to 16 elements past the list's end; returns the new count.
+// Appends the lanes of a mask, and their ids. Writes up to 16 elements past the list's end; returns the new count.
 template <class T>
-inline int append(const Lanes<T>& values, const PortableMask& m, int first_id, T* out, int32_t* ids,
-                  int count) {
+inline int append(const Lanes<T>& values, const PortableMask& m, const typename Lanes<T>::Int& id, T* out,
+                  int32_t* ids, int count) {
   MOE_ROUTE_LANES {
     out[count] = values.lane[i];
-    ids[count] = first_id + i;
+    ids[count] = int32_t(id.lane[i]);
     count += m.lane[i];
   }
   return count;

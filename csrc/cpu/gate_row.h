@@ -92,6 +92,10 @@ class RowGate {
           }
           few_.flush(tally_);
         }
+        if (plain_ && end - t >= kLanes && take_plain(t)) {
+          t += kLanes;
+          continue;
+        }
       }
       int count = 0;
       while (count < block_ && t < end) {
@@ -103,13 +107,7 @@ class RowGate {
         if (count > 0 && evicts_steering(token)) break;  // a row of this block may still need it
         prepare(block_rows_[count++], t++, token);
       }
-      steer_rows(count);
-      score_rows(count);
-      for (int i = 0; i < count; ++i) find_values(block_rows_[i]);
-      choose(count);
-      weigh_rows(count);
-      for (int i = 0; i < count; ++i) finish(block_rows_[i]);
-      tally_.add_scores();
+      take_block(count);
     }
     if constexpr (F::kTransposes) few_.flush(tally_);
   }
@@ -128,6 +126,8 @@ class RowGate {
         scores_counted_(tally_.wants_scores()),
         weights_counted_(tally_.wants_weights()),
         softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)),
+        plain_(side_by_side_ && block_ == kLanes && args.given.mode == GivenMode::kNone &&
+               weighs_in_lanes(args) && BlockBounds<F>::serves(vectors_, args.k)),
         weights_(args),
         few_(args, rows, tally_.wants_scores()) {
     for (int i = 0; i < block_; ++i) {
@@ -152,7 +152,162 @@ class RowGate {
     return few_.take(t, token.group, token.segment, tally_);
   }
 
+  // ---- sixteen plain rows -------------------------------------------------------------------------
+
+  // Sixteen valid rows from t on, whose logits one steering row moves or forces, or none: the steps of any block, without
+  // the book that is kept of a row, which is most of what choosing few of many experts costs. False: nothing was done.
+  [[gnu::noinline]] bool take_plain(int64_t t) {
+    Token tokens[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      tokens[i] = read_token(args_.token_table, t + i);
+      if (!in_table(tokens[i].steering_row)) tokens[i].steering_row = -1;
+      if (!tokens[i].valid || tokens[i].steering_row != tokens[0].steering_row) return false;
+    }
+    const SteeringRow<F>* const steering = steering_row(tokens[0].steering_row);
+    if (steering && !is_plain(*steering)) return false;
+    const bool forced = steering && steering->force;
+
+    const T* z[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      z[i] = load(block_rows_[i].work, t + i);
+    }
+    if (steering) steer_plain(*steering, z);
+    bool counted = false;
+    for (const Token& token : tokens) counted |= tally_.counts(token.group, token.segment);
+    const bool weighs = args_.weights || (counted && weights_counted_);
+    const bool by_score = compares_scores(nullptr);
+    RowScores<T> scores[kLanes];
+    if ((counted && scores_counted_) || by_score || (weighs && softmax_over_all_)) score_plain(z, scores);
+    const T *values[kLanes], *listable[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const Workspace<F>& work = block_rows_[i].work;
+      values[i] = listable[i] = selection_values(work, nullptr, z[i], scores[i], by_score);
+      if (forced) listable[i] = free_values(work, *steering, values[i], args_.experts);
+      bounds_.take(i, listable[i], vectors_);
+    }
+    uint32_t left = rank_plain(listable, forced ? free_slots(*steering, args_.k) : args_.k, t + kLanes);
+    const int32_t* ids[kLanes];
+    for (int i = 0; i < kLanes; ++i) ids[i] = ranks_.sorted(i);
+    if (forced) left |= choose_plain(*steering, values, ids);
+    if (weighs) {
+      const bool in_place = !forced && values[0] == z[0] && weights_.weighs_logits();
+      for (int i = 0; !in_place && i < kLanes; ++i) {
+        if (!(left >> i & 1)) weights_.take(i, z[i], block_rows_[i].work.score, scores[i].inverse, ids[i]);
+      }
+      left |= weights_.weigh();
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      if (left >> i & 1) continue;
+      write_plain(t, i, ids[i]);
+      if (counted) count_plain(tokens[i], i, ids[i], scores[i]);
+    }
+    tally_.add_scores();
+    for (; left != 0; left &= left - 1) {
+      const int i = __builtin_ctz(left);
+      take_alone(t + i, tokens[i]);
+    }
+    return true;
+  }
+
+  [[gnu::noinline]] void take_alone(int64_t t, const Token& token) {
+    prepare(block_rows_[0], t, token);
+    take_block(1);
+  }
+
+  // Does the row do no more than move or force logits?
+  bool is_plain(const SteeringRow<F>& row) const {
+    return row.moves_logits && row.k == args_.k && free_slots(row, row.k) > 0 && !row.score_bias &&
+           !row.weight_scale && !row.remap && !tally_.wants_natural();
+  }
+
+  void steer_plain(const SteeringRow<F>& steering, const T* (&z)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+      Row<F>& row = block_rows_[i];
+      row.steering = &steering, row.steered = true;
+      row.raw = forbid(row.work, steering, z[i], args_.experts);
+    }
+    steer_rows(kLanes);
+    for (int i = 0; i < kLanes; ++i) z[i] = block_rows_[i].z;
+  }
+
+  void score_plain(const T* const (&z)[kLanes], RowScores<T> (&scores)[kLanes]) {
+    const Score score = args_.spec.score;
+    const bool entropy = args_.statistics.entropy && scores_counted_;
+    if (is_softmax(score)) {
+      for (int i = 0; i < kLanes; ++i) scores_.take_logits(i, z[i], vectors_);
+      scores_.find_largest();
+    }
+    for (int i = 0; i < kLanes; ++i)
+      scores_.take(i, block_rows_[i].work, score, z[i], args_.experts, entropy);
+    scores_.finish(entropy);
+    for (int i = 0; i < kLanes; ++i) scores[i] = scores_.scores(i, score, entropy);
+  }
+
+  // Sorts the short lists of values whose largest `bounds_` has taken. Says which rows are not sorted by it.
+  uint32_t rank_plain(const T* const (&values)[kLanes], int wanted, int64_t next) {
+    bounds_.sort();
+    ranks_.clear();
+    for (int i = 0; i < kLanes; ++i) {
+      prefetch(next + i);
+      const Workspace<F>& work = block_rows_[i].work;
+      const int listed = shortlist<F>(work, values[i], vectors_, bounds_.bound(i, wanted));
+      if (listed >= wanted && listed <= BlockRanks<F>::kLongest) ranks_.take(i, work, listed);
+    }
+    ranks_.sort(wanted, weights_.chosen_logits());
+    // -infinity in the last slot: there is no list, or too few numbers are on it.
+    return ~bits(F::load(weights_.chosen_logits()[wanted - 1]) > F(-infinity<T>())) & 0xffffu;
+  }
+
+  // Puts the forced experts beside the ranked free ones. Says which rows have empty slots.
+  uint32_t choose_plain(const SteeringRow<F>& steering, const T* const (&values)[kLanes],
+                        const int32_t* (&ids)[kLanes]) {
+    uint32_t left = 0;
+    for (int i = 0; i < kLanes; ++i) {
+      Row<F>& row = block_rows_[i];
+      choose_forced(row.work, values[i], steering, args_.k, 0, ids[i], row.choice);
+      ids[i] = row.choice.ids;
+      left |= uint32_t{row.choice.count < args_.k} << i;
+    }
+    return left;
+  }
+
+  // Row `lane` of those from t on. A vector may reach into the rows after it, which are written later.
+  void write_plain(int64_t t, int lane, const int32_t* ids) const {
+    const int k = args_.k;
+    const int64_t first = (t + lane) * k;
+    const bool wide = (kLanes - lane) * k >= kLanes;
+    const auto put = [&](auto* out, const auto* slots) {
+      if (out == nullptr) return;
+      if (wide)
+        __builtin_memcpy(out + first, slots, kLanes * sizeof(*slots));
+      else
+        copy_slots(out + first, slots, k);
+    };
+    put(args_.ids, ids);
+    put(static_cast<T*>(args_.weights), weights_.weights(lane, 0));
+  }
+
+  void count_plain(const Token& token, int lane, const int32_t* ids, const RowScores<T>& scores) {
+    if (!tally_.counts(token.group, token.segment)) return;
+    tally_.turn_to(token.group, token.segment);
+    tally_.token(args_.k, token.steering_row >= 0);
+    if (scores_counted_) tally_.take_scores(scores, block_rows_[lane].work.score);
+    tally_.chosen(ids, weights_.weights(lane, 0), args_.k);
+    if (tally_.wants_natural()) tally_.natural(ids, args_.k);
+  }
+
   // ---- the steps of a block ---------------------------------------------------------------------
+
+  // Inlined: rows() is faster with it than with a call.
+  [[gnu::always_inline]] inline void take_block(int count) {
+    steer_rows(count);
+    score_rows(count);
+    for (int i = 0; i < count; ++i) find_values(block_rows_[i]);
+    choose(count);
+    weigh_rows(count);
+    for (int i = 0; i < count; ++i) finish(block_rows_[i]);
+    tally_.add_scores();
+  }
 
   void prepare(Row<F>& row, int64_t t, const Token& token) {
     Choice<F>& c = row.choice;
@@ -167,7 +322,6 @@ class RowGate {
     if (row.given) take_given(row);
     row.steered = row.scored = row.by_score = false;
     if (row.given && !row.to_weigh && !row.scores_counted) return;
-    prefetch(t + block_);
     row.steered = row.steering && row.steering->moves_logits;
     row.by_score = compares_scores(row.steering);
     const bool softmax_weights = row.to_weigh && softmax_over_all(row.steering);
@@ -261,6 +415,7 @@ class RowGate {
     bound_rows(count);
     for (int i = 0; i < count; ++i) {
       Row<F>& row = block_rows_[i];
+      if (row.raw) prefetch(row.t + block_);
       if (row.wanted > 0) row.listed = shortlist<F>(row.work, row.listable, vectors_, row.bound);
     }
     rank_rows(count);
@@ -394,10 +549,12 @@ class RowGate {
 
   // ---- logits -----------------------------------------------------------------------------------
 
-  // Asks for the row a block ahead, where work on each row keeps the processor from running ahead by itself.
+  // Asks for the row a block ahead, between the short lists of two rows: where all rows of a block are asked for at once,
+  // the processor waits for as many lines as it can (128 experts then took half as long again).
   void prefetch(int64_t t) const {
     if (t >= args_.tokens) return;
     const auto* row = static_cast<const char*>(args_.logits) + t * args_.row_stride * logit_bytes_;
+#pragma GCC unroll 4
     for (int64_t i = 0; i < args_.experts * logit_bytes_; i += 64) __builtin_prefetch(row + i);
   }
 
@@ -570,6 +727,7 @@ class RowGate {
   const bool scores_counted_;
   const bool weights_counted_;
   const bool softmax_over_all_;
+  const bool plain_;
   SteeringRow<F> steering_[kSteeringRows];
   ForceStore force_[kSteeringRows];
   BlockSpread<F> spread_;

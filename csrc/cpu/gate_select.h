@@ -75,14 +75,23 @@ inline typename F::Scalar lower_bound(const typename F::Scalar* values, int vect
   }
 }
 
+template <class F>
+inline typename F::Int first_experts() {
+  using Key = decltype(as_int(typename F::Scalar()));
+  alignas(64) static constexpr Key kFirst[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return F::Int::load(kFirst);
+}
+
 // The experts whose value reaches `bound`, in rising index.
 template <class F>
 inline int shortlist(const Workspace<F>& w, const typename F::Scalar* values, int vectors,
                      typename F::Scalar bound) {
   int count = 0;
+  auto ids = first_experts<F>();
   for (int v = 0; v < vectors; ++v) {
     const F x = F::load(values + kLanes * v);
-    count = append(x, x >= F(bound), kLanes * v, w.candidate, w.candidate_id, count);
+    count = append(x, x >= F(bound), ids, w.candidate, w.candidate_id, count);
+    ids = add(ids, typename F::Int(kLanes));
   }
   return count;
 }
@@ -168,9 +177,11 @@ inline int shortlist_exact(const Workspace<F>& w, const typename F::Scalar* valu
     if (count_above(w, vectors, Int(Key(trial - 1))) >= want) reached = trial;
   }
   int count = 0;
+  Int ids = first_experts<F>();
   for (int v = 0; v < vectors; ++v) {
-    count = append(F::load(values + kLanes * v), w.keys[v] > Int(Key(reached)), kLanes * v, w.candidate,
+    count = append(F::load(values + kLanes * v), w.keys[v] > Int(Key(reached)), ids, w.candidate,
                    w.candidate_id, count);
+    ids = add(ids, Int(kLanes));
   }
   for (int v = 0; v < vectors && count < want; ++v) {
     const auto equal = bits(w.keys[v] > Int(Key(reached - 1))) & ~bits(w.keys[v] > Int(Key(reached)));
