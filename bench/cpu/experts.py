@@ -202,14 +202,14 @@ class RoutedModel:
 
         return contender
 
-    def read(self, index: int) -> None:
+    def read(self, index: int) -> list[torch.Tensor]:
         """The floor of few tokens: every weight that takes part is read once, by as many threads as torch has.
 
         Each reads its part of all weights by itself: threads that meet after every weight would wait most of the time.
         """
         hit = self.hit[index % len(self)]
-        for part in [_readers(len(self.parts)).submit(_sum, part, hit) for part in self.parts]:
-            part.result()
+        reading = [_readers(len(self.parts)).submit(_sum, part, hit) for part in self.parts]
+        return [sums for part in reading for sums in part.result()]
 
     @cached_property
     def parts(self) -> list[list[list[torch.Tensor]]]:
@@ -289,10 +289,8 @@ def targets(routed: RoutedModel, run: Race, floor: str) -> list[Target]:
     return out
 
 
-def _sum(weights: list[list[torch.Tensor]], experts: list[int]) -> None:
-    for expert in experts:
-        for weight in weights[expert]:
-            weight.sum()
+def _sum(weights: list[list[torch.Tensor]], experts: list[int]) -> list[torch.Tensor]:
+    return [weight.sum() for expert in experts for weight in weights[expert]]
 
 
 @cache

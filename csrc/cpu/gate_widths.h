@@ -1,7 +1,7 @@
 // Which way of the gate serves a call, by instruction set: the one table of these choices.
 //
-// Three ways give the same bits: each row by itself (gate_row.h), sixteen rows side by side (gate_block.h), and
-// sixteen rows of few experts from load to count (gate_few.h). MOE_ROUTE_ISA chooses the instruction set, and with it
+// Three ways give the same bits: each row by itself (gate_row.h), sixteen rows side by side (gate_block.h, without a book
+// of each row where all are steered alike), and sixteen rows of few experts from load to count (gate_few.h). MOE_ROUTE_ISA chooses the instruction set, and with it
 // the row of the table. Side by side begins where calls of so many rows, timed in turns with the other way, took less
 // time at 64, 128 and 256 experts; `moe-route bench --tokens N` times a call, tests/gate_cost.py counts it.
 #pragma once

@@ -431,7 +431,8 @@ class CorpusStream:
                 if layout is not None:
                     yield _by_layout(layout, {layout.group: group, **row.fields, "line": number}, row)
                     continue
-                if (names := tuple(row.fields)) not in checked:
+                names = tuple(name for name, value in row.fields.items() if not isinstance(value, (list, dict)))
+                if names not in checked:
                     self._refuse_misspelt(names, row.where)
                     checked.add(names)
                 said = self._said(row)
@@ -445,7 +446,10 @@ class CorpusStream:
         return _Part(only, texts, f"column {self.item!r}" if self.item in fields else "row numbers", told, note)
 
     def _refuse_misspelt(self, names: Sequence[str], where: str) -> None:
-        """Refuse a column that is one letter away from one that is not there; others may be what they like."""
+        """Refuse a column that is one letter away from one that is not there; others may be what they like.
+
+        `names` leaves out columns of lists and tables, which are no text, group or item.
+        """
         known = {"text": self.text, "group": self.group, "item": self.item}
         if near := misspelt(names, list(known.values())):
             option = next(option for option, name in known.items() if name == near[1])

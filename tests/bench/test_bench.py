@@ -246,6 +246,8 @@ def test_every_implementation_of_the_experts_does_the_same_work(kind: str) -> No
         assert not torch.equal(contenders[experts.OURS](0), contenders[experts.OURS](1))
         assert routed.hit[0] == sorted(set(routed.ids[0].flatten().tolist()))
         assert 0 < routed.hit_bytes() <= layer.bytes(dtype)
+        read = sum(part.numel() * 4 for weights in routed.parts for expert in routed.hit[0] for part in weights[expert])
+        assert read == len(routed.hit[0]) * layer.expert_bytes(dtype)
         held = routed.module.gate_up_proj, routed.module.down_proj
         assert layer.bytes(dtype) == sum(weight.numel() * weight.itemsize for weight in held)
 

@@ -963,6 +963,9 @@ const Routing kRoutings[] = {
     {Score::kSoftmax, Order::kScoreThenTopK, Renormalize::kSum, false, kAll, kBias | kStd | kMagnitude},
     {Score::kSoftmax, Order::kScoreThenTopK, Renormalize::kSum, false, kCounts | kMass, kForce},
     {Score::kSigmoid, Order::kScoreThenTopK, Renormalize::kSum, true, kAll, kScale | kStd | kForce},
+    {Score::kSoftmax, Order::kScoreThenTopK, Renormalize::kSum, false, kCounts | kWeight, kBias | kStd},
+    {Score::kSoftmax, Order::kScoreThenTopK, Renormalize::kNone, false, kCounts | kMass, kScale | kMagnitude},
+    {Score::kSigmoid, Order::kScoreThenTopK, Renormalize::kSum, true, kCounts | kShare, kBias | kForce},
 };
 
 Problem block_problem(Shape shape, int tokens, const Routing& routing, Neighbour kind, Random& g) {
@@ -973,6 +976,7 @@ Problem block_problem(Shape shape, int tokens, const Routing& routing, Neighbour
   if (routing.renormalize == Renormalize::kClamp) a.spec.eps = 0.5f, a.spec.scale = 2.5f;
   for (int e = 0; e < a.experts; ++e) p.correction.push_back(0.3f * normal(g));
   if (routing.correction) a.correction_bias = p.correction.data();
+  if (routing.correction && a.experts % 4 == 0) a.spec.groups = 4, a.spec.top_groups = 2;
   for (int i = 0; i < tokens * a.experts; ++i) p.logits.push_back(normal(g));
   for (int t = 0; t < tokens; ++t) {
     if (one_in(g, 2)) continue;

@@ -204,11 +204,13 @@ def test_a_baseline_is_compared_with_and_never_chosen(backend: Backend) -> None:
         changed, 3, SUM, steering=steering, tokens=tokens, choice=given, choice_mode="baseline", statistics=table
     )
     expected_weights, expected = backend.route(changed, 3, SUM, steering=steering, tokens=tokens)
-    assert torch.equal(ids, expected) and torch.equal(weights, expected_weights)
+    assert torch.equal(ids, expected)
+    assert torch.equal(weights, expected_weights)
     assert torch.equal(table.metric("natural_counts")[0], own[:5].flatten().bincount(minlength=10))
     assert torch.equal(table.metric("counts")[0], ids.flatten().bincount(minlength=10))
     outside = (ids[:, :, None] != given[:, None]).all(2)
-    assert outside[0].sum() == 0 and outside[5].all()  # by hand: row 0 has its own logits, row 5 no natural choice
+    assert outside[0].sum() == 0
+    assert outside[5].all()
     assert table.scalar("flipped")[0] == outside.sum()
     total = (weights * outside).sum(1) / weights.sum(1)
     torch.testing.assert_close(table.scalar("moved")[0].double() * 2.0**-32, total.double().sum(), rtol=1e-6, atol=0)
