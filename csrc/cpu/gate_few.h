@@ -99,9 +99,9 @@ class FewExperts {
 
     if (group != group_ || segment != segment_) {
       flush(tally);
-      tally.turn_to(group, segment);
       group_ = group, segment_ = segment;
     }
+    tally.turn_to(group, segment);  // other rows may have turned it elsewhere in between
     tally.add(kStatTokens, kLanes);
     tally.add(kStatSlots, kLanes * k);
     for (int e = 0; tally.wants(StatPlane(kCounts | kNaturalCounts)) && e < experts; ++e) {
