@@ -141,7 +141,7 @@ def doc_pages() -> int:
 COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
     "Python files of the package": (lambda: len(python_files()), 282),
     "lines of them": (lambda: sum(map(lines, python_files())), 66_700),
-    "lines of the longest": (lambda: max(map(lines, python_files())), 910),
+    "lines of the longest": (lambda: max(map(lines, python_files())), 913),
     "files below 30 lines that are no face": (
         lambda: sum(lines(path) < 30 for path in python_files() if not path.name.startswith("__")),
         12,
@@ -151,7 +151,7 @@ COUNTS: Mapping[str, tuple[Callable[[], int], int]] = {
     "circles of imports": (lambda: sum(bool(circle(tree)) for tree in TREES), 0),
     "names of moe_route": (public_names, 25),
     "commands": (lambda: len(commands()), 35),
-    "options of commands": (options, 489),
+    "options of commands": (options, 490),
     "the word found": (lambda: words("found"), 204),
     "pages of docs": (doc_pages, 20),
 }

@@ -14,6 +14,7 @@ import numpy as np
 from moe_route.analysis.inputs import AnalysisError, check_draws
 from moe_route.analysis.result import Result, plain
 from moe_route.analysis.stats import pearson, ranks
+from moe_route.base.schema import read_text
 from moe_route.base.table import Table, number_of
 
 if TYPE_CHECKING:
@@ -257,8 +258,4 @@ def read_matrix(path: str | os.PathLike[str], groups: Sequence[str]) -> np.ndarr
 
 
 def _rows(path: str | os.PathLike[str]) -> list[list[str]]:
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return [line.rstrip("\n").split("\t") for line in stream if line.strip()]
-    except UnicodeDecodeError:
-        raise AnalysisError(f"{path} is not text: give a tab-separated file") from None
+    return [line.split("\t") for line in read_text(path).splitlines() if line.strip()]

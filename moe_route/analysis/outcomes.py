@@ -6,11 +6,9 @@ between outcomes of one language are candidates for what it cannot use [arXiv 26
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,6 +17,8 @@ from moe_route.analysis.inputs import AnalysisError, Statistics
 from moe_route.analysis.measures import ratio
 from moe_route.analysis.resampling import FEWEST_ITEMS, ResampledStatistics, Sequences
 from moe_route.analysis.result import Result
+from moe_route.base.budget import Budget
+from moe_route.base.schema import parse_json, read_text
 from moe_route.base.table import Table
 
 OUTCOMES = ("cc", "ci", "ic", "ii")
@@ -38,13 +38,11 @@ def read_answers(
     Raises ``AnalysisError`` for a file of another form, or with several tasks if none is named.
     """
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    budget = Budget(path)
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            one = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise AnalysisError(f"{path}, line {number} is no JSON ({error.msg})") from None
+        one = parse_json(line, f"{path}, line {number}", AnalysisError, budget)
         if isinstance(one, dict) and {"item", "language", "correct"} <= one.keys():
             records.append(one)
     tasks = {one.get("task") for one in records}

@@ -259,6 +259,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         stream.write(text.encode())
 
 
+def append(path: str | os.PathLike[str], content: bytes) -> None:
+    """Append bytes to a file, and wait until they are on the disk. A full disk raises the error of ``replacing``."""
+    with _explained(Path(path), _FULL_DISK), open(path, "ab") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Check that ``path`` can be written, before long work whose result goes there. Changes nothing.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_route as mr
+from moe_route.base.schema import read_text
 from moe_route.base.table import Table
 from moe_route.cli import experts
 from moe_route.cli.answer import Answer
@@ -206,7 +207,7 @@ def _correlation(question: Question, options: argparse.Namespace) -> Answer:
 
 def read_columns(path: Path) -> dict[str, dict[str, float | str]]:
     """column -> (group -> value) of a tab-separated table; a column of numbers throughout holds numbers."""
-    head, *lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    head, *lines = [line.split("\t") for line in read_text(path).splitlines() if line.strip()]
     if len(head) < 2 or any(len(line) != len(head) for line in lines):
         raise ValueError(f"{path} must be a tab-separated table: groups in the first column, names in the first line")
     columns: dict[str, dict[str, float | str]] = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moe_route as mr
+from moe_route.base.schema import read_text
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import attached_model, load_language_model, shown_options, texts
 from moe_route.cli.options import (
@@ -194,7 +195,7 @@ def _run_patch(options: argparse.Namespace) -> Answer:
 
 def _pairs(path: Path) -> list[mr.experiments.PromptPair]:
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         cells = line.split("\t")  # answers may begin with a space
         if line.strip() and len(cells) not in (4, 5):
             raise ValueError(

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from moe_route.runs.lines import KeptRuns
 
 CRITERIA = ("reap", "frequency", "difference", "random")
-_OF_MODEL = ("model", "device", "device_map", "dtype", "engine")
+_OF_MODEL = ("model", "device", "device_map", "dtype", "engine", "any_model")
 _OF_TEXTS = ("data", "columns", "quotes", "split", "languages", "limit", "batch_size", "max_length")
 
 
@@ -90,6 +90,7 @@ def add_prune(verbs: Any) -> None:
     out_argument(
         what, "new folder for the smaller model; --measure: a table, or a folder that is resumed", metavar="FOLDER|FILE"
     )
+    what.add_argument("--any-model", action="store_true", help="the model may be another than the experts are of")
     made_by_a_model(parser, "prune")
     parser.checks.append(_refuse_ignored)  # before texts and model get their defaults
     model_arguments(parser, positional=False)
@@ -111,7 +112,7 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
             refuse(options, _OF_MODEL, "is for --measure, or for the model that --out makes smaller")
             options.model = "demo"  # nor is it for a model
         return
-    refuse(options, ("selection", "resamples", "n_group", "topk_group"), "is not for --measure")
+    refuse(options, ("selection", "resamples", "n_group", "topk_group", "any_model"), "is not for --measure")
 
 
 def run_prune(options: argparse.Namespace) -> Answer:
@@ -158,10 +159,11 @@ def _chosen(options: argparse.Namespace) -> tuple[Any, dict[str, Any], list[str]
 def _write_pruned(options: argparse.Namespace, dropped: Any) -> bool:
     """Write the smaller model; False if this same command made it before."""
     inputs = {"model": options.model, "dropped": {str(layer): sorted(of) for layer, of in dropped.items()}}
+    cut = dict(dropped) if options.any_model else dropped
     with made_folder(options.out, "prune", inputs, force=options.force) as inside:
         if inside is not None:
             language_model = load_language_model(options)
-            mr.experiments.export_pruned(language_model.model, dropped, inside, tokenizer=language_model.tokenizer)
+            mr.experiments.export_pruned(language_model.model, cut, inside, tokenizer=language_model.tokenizer)
     return inside is not None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_route as mr
+from moe_route.base.schema import read_text
 from moe_route.base.table import table
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import (
@@ -372,7 +373,7 @@ def _add_neighbors(below: Any) -> None:
 
 def run_neighbors(options: argparse.Namespace) -> Answer:
     output(options.out)
-    listed = None if options.successful is None else options.successful.read_text("utf-8").split("\n")
+    listed = None if options.successful is None else read_text(options.successful).split("\n")
     scores = mr.experiments.neighbor_scores(
         merged_statistics(options.solved),
         merged_statistics(options.new),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import moe_route as mr
-from moe_route.base.schema import FileRefusedError, Kind, load_json
+from moe_route.base.schema import FileRefusedError, Kind, load_json, read_text
 from moe_route.cli.answer import Answer
 from moe_route.cli.inputs import merged_statistics, output, sentences
 from moe_route.cli.options import Parser, add, command, existing, out_argument
@@ -272,7 +272,7 @@ def _levels(options: argparse.Namespace, groups: Sequence[str]) -> dict[str, str
     """group -> level of resources, of tab-separated lines; other languages and a heading are left out."""
     if options.levels is None:
         return None
-    rows = [line.split("\t") for line in options.levels.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [line.split("\t") for line in read_text(options.levels).splitlines() if line.strip()]
     if any(len(row) < 2 for row in rows):
         raise ValueError(f"{options.levels} must have lines of a group, a tab and a level")
     levels = {group: level for group, level, *_ in rows if group in groups}

@@ -847,18 +847,21 @@ def json_rows(path: str | Path) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     try:
-        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ImportError("reading Parquet needs pyarrow: pip install 'moe-route[analysis]'") from error
-    with parquet.ParquetFile(path) as file:
-        budget, size = Budget(path), path.stat().st_size
-        number, total = 0, max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-            budget.unpack(size, batch.nbytes)
-            budget.spend(batch.num_rows * batch.num_columns)
-            for fields in batch.to_pylist():
-                number += 1
-                yield Row(fields, f"{path}, row {number}", number / total)
+    try:
+        with parquet.ParquetFile(path) as file:
+            budget, size = Budget(path), path.stat().st_size
+            number, total = 0, max(file.metadata.num_rows, 1)
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                budget.unpack(size, batch.nbytes)
+                budget.spend(batch.num_rows * batch.num_columns)
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(fields, f"{path}, row {number}", number / total)
+    except ArrowException as error:
+        raise CorpusError(f"{path} is not a whole Parquet file ({error}): write it again") from error
 
 
 # ---- datasets

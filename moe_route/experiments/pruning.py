@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from moe_route.analysis.inputs import AnalysisError
 from moe_route.analysis.pruning import CRITERIA, prune
 from moe_route.analysis.result import Result
 from moe_route.base.files import check_new_folder, new_folder
+from moe_route.base.identity import checkpoint_of, identity_of
 from moe_route.base.table import Table
 from moe_route.data.batches import EncodedTexts, Text
 from moe_route.experiments.text_run import TextRun
@@ -26,7 +27,7 @@ from moe_route.routed import RoutedModel
 from moe_route.routers.discovery import RouterInfo, find_routers
 from moe_route.runs.language_model import LanguageModel
 from moe_route.runs.lines import KeptRuns
-from moe_route.steering import Plan
+from moe_route.steering import ExpertSelection, Plan, PlanError, PlanModel
 
 # Names under which configurations hold the number of experts.
 _SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
@@ -179,12 +180,14 @@ def export_pruned(
 
     A configuration has one number of experts, so every layer must drop equally many, and every router group of a
     group-limited router too. Raises ``CannotExportError`` otherwise, and for layouts that cannot be cut: quantized or
-    offloaded weights, experts without a tensor axis of their own.
+    offloaded weights, experts without a tensor axis of their own. Raises it too for an ``ExpertSelection`` that was
+    made for another model or checkpoint: ``dict(selection)`` lifts that check.
     """
     check_new_folder(folder)
     if modeling_of(model) is None or not hasattr(model, "save_pretrained"):
         raise CannotExportError(f"{type(model).__name__} is not a model of transformers, so it has no format to write")
     routers = find_routers(model)
+    _check_model(model, selection, routers)
     kept = _kept_experts(routers, selection)
     config, whole = _smaller_config(model, routers, len(kept[0]))
     state = dict(model.state_dict())
@@ -207,6 +210,25 @@ def export_pruned(
         smaller.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+
+
+def _check_model(model: nn.Module, selection: Mapping[int, Iterable[int]], routers: Sequence[RouterInfo]) -> None:
+    """Refuse a selection that was made for another model, or for other weights."""
+    if not isinstance(selection, ExpertSelection):
+        return
+    identity, made = identity_of(model), selection.model
+    known = made.weights_hash or made.router_hash
+    hashes = checkpoint_of(model, [router.weights for router in routers]) if known else {}
+    live = PlanModel.of_recording({"model": identity | hashes}, tuple(router.num_experts for router in routers))
+    if made.config_hash == live.config_hash:  # whatever either is called
+        made, live = replace(made, name=None), replace(live, name=None)
+    try:
+        made.merged(live)
+    except PlanError as error:
+        raise CannotExportError(
+            f"the selection was {str(error).partition(': make')[0]}: prune by statistics of this model, or lift the "
+            "check with dict(selection), `moe-route prune SELECTION --any-model --out FOLDER`"
+        ) from None
 
 
 def _kept_experts(routers: list[RouterInfo], selection: Mapping[int, Iterable[int]]) -> list[list[int]]:

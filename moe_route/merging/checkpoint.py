@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_route.base import files
 from moe_route.base.identity import library_versions
-from moe_route.base.schema import FileRefusedError, load_json
+from moe_route.base.schema import FileRefusedError, load_json, reading
 
 INDEX = "model.safetensors.index.json"
 _ONE_FILE = "model.safetensors"
@@ -94,7 +94,11 @@ class Checkpoint:
 
     def _opened(self, path: Path) -> Any:
         if path not in self._open:
-            self._open[path] = safe_open(path, "pt")
+            with reading(path):
+                try:
+                    self._open[path] = safe_open(path, "pt")
+                except SafetensorError as error:
+                    raise FileRefusedError(f"{path} is not a whole file of tensors ({error}): copy it again") from error
         return self._open[path]
 
     @property

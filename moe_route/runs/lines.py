@@ -61,7 +61,7 @@ class ResultLines:
         """
         if [_key(record) for record in records] != [tuple(key) for key in self.batches[self.done]]:
             raise ValueError(f"these are not the questions of batch {self.done} of {self.path}")
-        _append(self.path, b"".join(_line(record) for record in records))
+        files.append(self.path, b"".join(_line(record) for record in records))
         self.done += 1
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -143,17 +143,9 @@ class KeptRuns:
         """The numbers of the run of this name, float64 [...]: as kept, or what `run` gives, which is kept then."""
         if name not in self._values:
             values = np.asarray(run(), np.float64)
-            _append(self.path, json.dumps({"run": name, "values": values.tolist()}).encode() + b"\n")
+            files.append(self.path, json.dumps({"run": name, "values": values.tolist()}).encode() + b"\n")
             self._values[name] = values
         return self._values[name]
-
-
-def _append(path: Path, lines: bytes) -> None:
-    """Append lines, and wait until they are on the disk."""
-    with open(path, "ab") as stream:
-        stream.write(lines)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _cut(path: Path, size: int) -> None:

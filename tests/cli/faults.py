@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from moe_route.cli import main as command_line
@@ -192,7 +191,10 @@ def main() -> None:
     parser.add_argument("commands", nargs="*")
     parser.add_argument("--times", type=int, default=10)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        # One thread, or a forked process waits for those of its parent. Not torch.set_num_threads: it has every new
+        # thread of a forked process make torch's pool of threads, which two of them at once cannot.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_NUM_THREADS": "1"})
     folder = options.folder.resolve()
     folder.mkdir(exist_ok=True)
     commands = prepared(folder / "inputs")

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from moe_route import analysis
 from moe_route.cli import main
 from moe_route.recording import RoutingStatistics
-from moe_route.steering import ExpertSelection, Plan
+from moe_route.steering import ExpertSelection, Plan, PlanModel
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,11 @@ def test_prune_to_a_smaller_checkpoint(answer, moe_route, recorded: Path, tmp_pa
     smaller = answer("record", folder, "--out", tmp_path / "s.safetensors", *small)
     assert set(smaller["experts"]) == {8}
     refused(moe_route("prune", recorded, "--keep", 0.75, "--out", folder), "--force")
+    model = PlanModel(None, "0" * 64, selection.num_experts)
+    ExpertSelection(selection, num_experts=selection.num_experts, model=model).save(dropped)
+    other = ("prune", dropped, "--out", tmp_path / "other")
+    refused(moe_route(*other), "made for another model (configuration", "--any-model")
+    assert answer(*other, "--any-model")["bytes"] == written["bytes"]
     refused(moe_route("prune", recorded, "--keep", 0.01), "keep at least")
 
 

@@ -1017,7 +1017,9 @@ void label_rows(Problem& p, bool alike, bool padding, Random& g) {
     const int32_t same[] = {steered - 1, 1, 0, 1};
     const int32_t* token = alike ? same : mixed;
     p.tokens.insert(p.tokens.end(), token, token + kTokenColumns);
-    if (padding && one_in(g, 4)) p.tokens.back() = 0;
+    if (!padding || !one_in(g, 4)) continue;
+    p.tokens.back() = 0;  // what the row holds must not count
+    std::fill_n(p.logits.begin() + t * p.args.experts, p.args.experts, kNaN);
   }
   p.args.token_table = p.tokens.data();
 }
@@ -1036,10 +1038,10 @@ void test_blocks() {
       for (int kind = 0; kind <= int(Neighbour::kPadding); ++kind, ++turn) {
         const Routing& routing = kRoutings[turn % int(std::size(kRoutings))];
         Problem p = block_problem(shape, tokens, routing, Neighbour(kind), g);
-        store_logits(p, types[turn % 3], shape.experts + (turn % 2) * 3);
         const int labels = turn / 2 % 3;
         if (labels > 0 || p.args.steering.rows > 0)
           label_rows(p, labels == 1, kind == int(Neighbour::kPadding), g);
+        store_logits(p, types[turn % 3], shape.experts + (turn % 2) * 3);
         context = "block E=" + std::to_string(shape.experts) + " k=" + std::to_string(shape.k) +
                   " T=" + std::to_string(tokens) + " neighbour " + std::to_string(kind) + " routing " +
                   std::to_string(turn % int(std::size(kRoutings)));
@@ -1047,6 +1049,28 @@ void test_blocks() {
         for (auto set : faster_sets())
           check(run(p, set) == portable, std::string("bits of ") + cpu::name(set));
       }
+    }
+  }
+}
+
+// Rows of one label, then a mixed block that ends with another label, then rows of the first: a book that stays open over
+// blocks is turned back.
+void test_labels_return() {
+  Random g(29);
+  for (const Shape shape : kBlockShapes) {
+    for (const Routing& routing : kRoutings) {
+      Problem p = block_problem(shape, 48, routing, Neighbour::kNormal, g);
+      store_logits(p, DType::kFloat32, shape.experts);
+      for (int t = 0; t < 48; ++t) {
+        const int32_t other = t >= 16 && t < 32 && t % 2 == 1 ? 1 : 0;
+        const int32_t token[] = {int(p.args.steering.rows) - 1, other, other, 1};
+        p.tokens.insert(p.tokens.end(), token, token + kTokenColumns);
+      }
+      p.args.token_table = p.tokens.data();
+      context = "labels that return E=" + std::to_string(shape.experts) + " k=" + std::to_string(shape.k) +
+                " routing " + std::to_string(&routing - kRoutings);
+      const Result portable = run(p, cpu::InstructionSet::kPortable);
+      for (auto set : faster_sets()) check(run(p, set) == portable, std::string("bits of ") + cpu::name(set));
     }
   }
 }
@@ -1351,6 +1375,7 @@ int main(int argc, char** argv) {
   on_every_set("places", test_places);
   on_every_set("unmapped", test_unmapped);
   test_blocks();
+  test_labels_return();
   test_refusals();
   test_against_oracle(1000 * times);
   test_instruction_sets(1000 * times);

@@ -80,6 +80,10 @@ class TestForms:
         table = arrow.Table.from_pylist(rows)
         parquet.write_table(table, tmp_path / "texts.parquet", row_group_size=7)
         assert self.stream(tmp_path / "texts.parquet") == expected
+        whole = (tmp_path / "texts.parquet").read_bytes()
+        (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CorpusError, match=r"cut.parquet is not a whole Parquet file"):
+            self.stream(tmp_path / "cut.parquet")
         datasets = pytest.importorskip("datasets")
         datasets.DatasetDict({"dev": datasets.Dataset(table)}).save_to_disk(str(tmp_path / "saved"))
         assert self.stream(tmp_path / "saved", split="dev") == expected

@@ -12,9 +12,10 @@ pytest.importorskip("transformers")
 from harness.tiny_models import inputs, tiny_model
 
 import moe_route as mr
+from moe_route.base.identity import checkpoint_of, identity_of
 from moe_route.experiments import CannotExportError, export_pruned
 from moe_route.routers import find_routers
-from moe_route.steering import Plan
+from moe_route.steering import ExpertSelection, Plan, PlanModel
 
 FAMILIES = (
     "qwen3_moe",
@@ -95,6 +96,25 @@ def test_export_refuses(name: str, selection: dict, words: str, tmp_path: Path) 
 def test_a_model_of_ones_own_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CannotExportError, match="not a model of transformers"):
         export_pruned(mr.nn.SparseMoE(hidden_size=8, intermediate_size=8, num_experts=4, top_k=2), {0: [1]}, tmp_path)
+
+
+def test_a_selection_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Of these weights it is cut; of others, or of another configuration, only when its model is taken away."""
+    model = tiny_model("qwen3_moe", head=True)
+    with mr.attach(model) as routed:
+        identity = PlanModel.of_recording(
+            {"model": identity_of(model) | checkpoint_of(model, [router.weights for router in routed.routers])},
+            tuple(router.num_experts for router in routed.routers),
+        )
+    selection = ExpertSelection({0: [1], 1: [0], 2: [7]}, model=identity)
+    export_pruned(model, selection, tmp_path / "same")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+    with pytest.raises(CannotExportError, match=r"another checkpoint.*weights hash.*--any-model"):
+        export_pruned(model, selection, tmp_path / "other")
+    with pytest.raises(CannotExportError, match=r"another model .layers and experts|another model .configuration"):
+        export_pruned(tiny_model("mixtral", head=True), selection, tmp_path / "other")
+    export_pruned(model, dict(selection), tmp_path / "other")
 
 
 def test_an_export_that_is_stopped_leaves_no_checkpoint(tmp_path) -> None:

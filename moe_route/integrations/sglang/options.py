@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from moe_route.base.schema import parse_json
 from moe_route.integrations.serving.options import EngineNotSupportedError, Options
 
 VARIABLE = "MOE_ROUTE_SGLANG"
@@ -45,9 +45,9 @@ def options_of() -> Options | None:
     if given is None:
         return None
     try:
-        content = json.loads(given)
+        content = parse_json(given, f"moe_route: {VARIABLE}")
     except ValueError as error:
-        raise EngineNotSupportedError(f"moe_route: {VARIABLE} is no JSON: {error}") from error
+        raise EngineNotSupportedError(str(error)) from error
     options = Options.of({"moe_route": content})
     wrong = [name for name in _NOT_HERE if options is not None and getattr(options, name)]
     if wrong:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moe_route.data import demo_model_folder
@@ -14,6 +15,8 @@ from moe_route.recording.metadata import merge_metadata
 from moe_route.recording.statistics import RoutingStatistics
 from moe_route.runs.language_model import DEMO_MODEL, encode
 from moe_route.steering.plan import Plan
+
+_LEVEL = "VLLM_LOGGING_LEVEL"
 
 
 class EngineTexts:
@@ -45,9 +48,9 @@ class EngineTexts:
 
         Raises `ImportError` where vLLM is not installed, and what vLLM raises for a model that it cannot run.
         """
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its own lines are many
         try:
-            import vllm
+            with _quiet():
+                import vllm
             from transformers import AutoTokenizer
         except ImportError as error:
             raise ImportError(
@@ -59,7 +62,8 @@ class EngineTexts:
         where = str(demo_model_folder()) if model == DEMO_MODEL else model
         # graphs are for decoding
         given = {"enforce_eager": True, "disable_log_stats": True, "use_tqdm_on_load": False, **settings}
-        self._llm = vllm.LLM(where, additional_config={"moe_route": options}, **given)
+        with _quiet():
+            self._llm = vllm.LLM(where, additional_config={"moe_route": options}, **given)
         self._params = vllm.SamplingParams
         self.name = model
         self.tokenizer = AutoTokenizer.from_pretrained(where)  # the engine's own cuts texts at their beginning
@@ -93,3 +97,16 @@ class EngineTexts:
         made.metadata["model"]["name"] = self.name
         self._cut = {}
         return made
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors alone from vLLM, whose own lines are many, and from its processes, unless a level is set."""
+    if _LEVEL in os.environ:
+        yield
+        return
+    os.environ[_LEVEL] = "ERROR"
+    try:
+        yield
+    finally:
+        os.environ.pop(_LEVEL, None)

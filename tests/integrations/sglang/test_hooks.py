@@ -344,7 +344,7 @@ def test_a_hook_that_fails_ends_the_process(sglang: Any, monkeypatch: pytest.Mon
 def test_options_that_are_wrong_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_route.integrations import sglang as plugin
 
-    for given, words in (("{", "no JSON"), ('{"gruops": []}', "groups"), ('{"save": "x"}', "'save'")):
+    for given, words in (("{", "not JSON"), ('{"gruops": []}', "groups"), ('{"save": "x"}', "'save'")):
         monkeypatch.setenv("MOE_ROUTE_SGLANG", given)
         with pytest.raises(SystemExit, match=words):
             plugin.register()

@@ -104,6 +104,7 @@ def test_a_run_that_was_stopped_goes_on(runner: Any, corpus: Path, tmp_path: Pat
     """Against transformers, in two parts, with texts that are cut."""
     from moe_route.runs.corpus import CorpusRecording
 
+    assert "VLLM_LOGGING_LEVEL" not in os.environ  # the engine of `runner` is quiet, and no other
     settings = {"batch_size": 1, "max_length": 24, "checkpoint_seconds": 0.0}
     made = CorpusRecording(tmp_path / "run", CorpusStream(str(corpus)), record={"sequences": True}, **settings)
     calls: list[None] = []

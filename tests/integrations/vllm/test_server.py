@@ -55,7 +55,7 @@ class Server:
             "model": demo_model_folder(),
             "served-model-name": "demo",
             "dtype": "float32",
-            "max-model-len": 128,
+            "max-model-len": 512,
             "max-num-seqs": 16,
             "host": "127.0.0.1",
             "port": self.port,
@@ -188,7 +188,7 @@ def test_what_clients_do_is_in_the_books(server: Server, folder: Path) -> None:
     server.complete("steered", vllm_xargs={"moe_route_group": "steered", "moe_route_plan": "soft"})
     server.complete(None)
     assert server.complete("other")["status"] == 400
-    body = {"model": "demo", "prompt": PROMPT, "max_tokens": 100, "stream": True, "ignore_eos": True}
+    body = {"model": "demo", "prompt": PROMPT, "max_tokens": 480, "stream": True, "ignore_eos": True}
     request = urllib.request.Request(
         f"http://127.0.0.1:{server.port}/v1/completions",
         json.dumps({**body, "vllm_xargs": {"moe_route_group": "plain"}}).encode(),
