@@ -38,6 +38,10 @@ inline Token read_token(const int32_t* table, int64_t t) {
 // Steering rows kept unpacked: a batch of sequences in different languages steers each in its own way.
 inline constexpr int kSteeringRows = 8;
 
+// The most slots that rows without a book fill: of more, too many rows have a list that sixteen lanes do not hold, and
+// are done twice.
+inline constexpr int kPlainSlots = 10;
+
 // A row in flight.
 template <class F>
 struct Row {
@@ -126,8 +130,9 @@ class RowGate {
         scores_counted_(tally_.wants_scores()),
         weights_counted_(tally_.wants_weights()),
         softmax_over_all_(args.spec.score == Score::kSoftmax && !softmax_over_chosen<F>(args.spec, nullptr)),
-        plain_(side_by_side_ && block_ == kLanes && args.given.mode == GivenMode::kNone &&
-               weighs_in_lanes(args) && BlockBounds<F>::serves(vectors_, args.k)),
+        plain_(side_by_side_ && block_ == kLanes && args.k <= kPlainSlots &&
+               args.given.mode == GivenMode::kNone && weighs_in_lanes(args) &&
+               BlockBounds<F>::serves(vectors_, args.k)),
         weights_(args),
         few_(args, rows, tally_.wants_scores()) {
     for (int i = 0; i < block_; ++i) {
@@ -202,16 +207,18 @@ class RowGate {
       if (counted) count_plain(tokens[i], i, ids[i], scores[i]);
     }
     tally_.add_scores();
-    for (; left != 0; left &= left - 1) {
-      const int i = __builtin_ctz(left);
-      take_alone(t + i, tokens[i]);
-    }
+    if (left != 0) take_left(t, tokens, left);
     return true;
   }
 
-  [[gnu::noinline]] void take_alone(int64_t t, const Token& token) {
-    prepare(block_rows_[0], t, token);
-    take_block(1);
+  // The rows of these bits, from the beginning.
+  [[gnu::noinline]] void take_left(int64_t t, const Token (&tokens)[kLanes], uint32_t left) {
+    int count = 0;
+    for (; left != 0; left &= left - 1) {
+      const int i = __builtin_ctz(left);
+      prepare(block_rows_[count++], t + i, tokens[i]);
+    }
+    take_block(count);
   }
 
   // Does the row do no more than move or force logits?
