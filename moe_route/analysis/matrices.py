@@ -241,7 +241,7 @@ def read_matrix(path: str | os.PathLike[str], groups: Sequence[str]) -> np.ndarr
     """Read a tab-separated matrix with group names in its first row and column, float64 [G, G] of these groups.
 
     Such are the published similarities of mPLM-Sim. Empty cells are NaN. Raises ``AnalysisError`` for groups that the
-    file lacks, and for another format.
+    file lacks and for another format, and ``FileRefusedError`` for a file that cannot be read.
     """
     lines = _rows(path)
     head = {name: column for column, name in enumerate(lines[0])} if lines else {}

@@ -14,6 +14,7 @@ from harness.traces import trace
 from moe_route import analysis
 from moe_route.analysis import AnalysisError, Divergence, Geometry
 from moe_route.analysis.measures import jensen_shannon
+from moe_route.base.schema import FileRefusedError
 from moe_route.recording import RoutingStatistics
 from moe_route.steering import ExpertSelection
 
@@ -115,7 +116,7 @@ def test_refused_with_the_reason(call: Callable[[], object], reason: str) -> Non
 def test_a_file_that_is_no_text(tmp_path):
     path = tmp_path / "matrix.tsv"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(AnalysisError, match="not text"):
+    with pytest.raises(FileRefusedError, match="is not text"):
         analysis.read_matrix(path, ["en"])
 
 

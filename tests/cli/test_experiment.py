@@ -83,7 +83,7 @@ def test_goes_on_in_its_folder_after_an_interrupt(name: str, tmp_path: Path, mon
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert moe_route(*words, "--out", whole)[0] == 0
     kept, calls = (whole / "runs" / "runs.jsonl").read_text().splitlines(), []
-    append = lines._append
+    append = lines.files.append
 
     def interrupted(*arguments: Any) -> None:
         calls.append(arguments)
@@ -92,7 +92,7 @@ def test_goes_on_in_its_folder_after_an_interrupt(name: str, tmp_path: Path, mon
         append(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lines, "_append", interrupted)
+        patch.setattr(lines.files, "append", interrupted)
         assert moe_route(*words, "--out", cut)[0] != 0
     assert not (cut / "result.json").exists()
     with open(cut / "runs" / "runs.jsonl", "a") as stream:
