@@ -4,18 +4,21 @@
 
 A model of 12 layers, 32 experts and top-4 with random weights (154 million parameters, bfloat16), eager. One engine is
 stock, the other has moe-route; a step of the one follows a step of the other, and ratios are taken inside such a pair.
-Processor time of the whole process decides, and time on the wall stands beside it, which a neighbor who takes a core
-lengthens. The median of the pairs has an interval from resampling them.
+Where two engines lie in the memory of their process moves all its ratios by 1 %, so there are several processes, and
+every other one makes the engine with moe-route first. Processor time of the whole process decides, and time on the wall
+stands beside it, which a neighbor who takes a core lengthens. The median of all pairs has an interval from resampling
+the processes, and the pairs inside each.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +43,12 @@ WANTED = {
 }
 """Percent of processor time that a mode may add to a step."""
 TOLERANCE = 0.2
-PREFILL_TOKENS, PROMPTS = 2048, 8
-ROUNDS = {"prefill": 30, "decode of 32": 620, "decode of 1": 620}
+PREFILL_TOKENS, PROMPT_TOKENS = 2048, 256
+PROCESSES = 16
+ROUNDS = {"prefill": 2, "decode of 32": 40, "decode of 1": 40}
+"""Pairs of steps in each process."""
+Timed = dict[tuple[str, str], tuple[Race, Race]]
+"""Processor time, and time on the wall, of the pairs of a mode and case."""
 
 
 def save_model(folder: str) -> None:
@@ -144,10 +151,11 @@ def in_turns(stock: Contender, ours: Contender, rounds: int, warmup: int) -> tup
 
 
 def decode(stock: Requests, ours: Requests, count: int, rounds: int) -> tuple[Race, Race]:
-    """Decode steps of `count` requests each."""
+    """Decode steps of `count` requests each, whose prompts have run."""
     for requests in (stock, ours):
-        requests.add(count, 16, rounds + 20)
-        requests.step()
+        requests.add(count, PROMPT_TOKENS, rounds + 30)
+        for _ in range(count * PROMPT_TOKENS // PREFILL_TOKENS + 2):
+            requests.step()
     found = in_turns(stock.step, ours.step, rounds, warmup=10)
     for requests in (stock, ours):
         requests.end()
@@ -159,7 +167,7 @@ def prefill(stock: Requests, ours: Requests, rounds: int) -> tuple[Race, Race]:
 
     def run(requests: Requests) -> Callable[[int], None]:
         def one(_: int) -> None:
-            requests.add(PROMPTS, PREFILL_TOKENS // PROMPTS, 1)
+            requests.add(PREFILL_TOKENS // PROMPT_TOKENS, PROMPT_TOKENS, 1)
             requests.end()
 
         return one
@@ -167,13 +175,26 @@ def prefill(stock: Requests, ours: Requests, rounds: int) -> tuple[Race, Race]:
     return in_turns(run(stock), run(ours), rounds, warmup=2)
 
 
-def added(run: Race) -> tuple[float, float, float]:
-    """Percent that ours adds to a step: the median over pairs, and a 95 % interval of it by bootstrap."""
-    pairs: Sequence[float] = [a / b for a, b in zip(run.seconds[OURS], run.seconds[STOCK], strict=True)]
-    values = (np.asarray(pairs) - 1) * 100
-    drawn = np.random.default_rng(0).integers(0, len(values), (4000, len(values)))
-    low, high = np.quantile(np.median(values[drawn], axis=1), [0.025, 0.975])
-    return float(np.median(values)), float(low), float(high)
+def added(runs: Sequence[Race]) -> tuple[float, float, float]:
+    """Percent that ours adds to a step: the median over all pairs, and a 95 % interval of it by bootstrap.
+
+    ``runs``: one of each process.
+    """
+    ratios = [np.divide(run.seconds[OURS], run.seconds[STOCK]) for run in runs]
+    draw = np.random.default_rng(0)
+
+    def drawn() -> float:
+        processes = draw.integers(0, len(ratios), len(ratios))
+        return float(np.median(np.concatenate([draw.choice(ratios[one], len(ratios[one])) for one in processes])))
+
+    medians = [drawn() for _ in range(4000)]
+    median, low, high = np.median(np.concatenate(ratios)), *np.quantile(medians, [0.025, 0.975])
+    return float(median - 1) * 100, float(low - 1) * 100, float(high - 1) * 100
+
+
+def together(runs: Sequence[Race]) -> Race:
+    """The pairs of all processes."""
+    return Race({name: [each for run in runs for each in run.seconds[name]] for name in (STOCK, OURS)})
 
 
 def target(what: str, wanted: float, median: float, low: float, high: float) -> Target:
@@ -183,11 +204,14 @@ def target(what: str, wanted: float, median: float, low: float, high: float) -> 
     return Target(what, f"<= {wanted} %", measured, median >= 0 and high < wanted + TOLERANCE)
 
 
-def measure(folder: str) -> Measured:
-    """Every mode beside the stock engine, with the targets."""
-    stock = Requests(engine(folder), ours=False)
-    ours = Requests(engine(folder, additional_config={"moe_route": {"groups": ["a", "b"]}}), ours=True)
-    found = Measured()
+def measure(folder: str, ours_first: bool) -> Timed:
+    """Every mode of an engine with moe-route beside the stock engine, in this process."""
+    made = {}
+    for with_ours in (ours_first, not ours_first):
+        options = {"additional_config": {"moe_route": {"groups": ["a", "b"]}}} if with_ours else {}
+        made[with_ours] = Requests(engine(folder, **options), ours=with_ours)
+    stock, ours = made[False], made[True]
+    found: Timed = {}
     for mode in MODES:
         if mode.startswith("steer"):
             plan = mr.Plan.activate({layer: [1, 2] for layer in range(LAYERS)}, strength=0.01)
@@ -196,22 +220,40 @@ def measure(folder: str) -> Measured:
             mr.vllm.record(ours.llm)
         for case, rounds in ROUNDS.items():
             if case == "prefill":
-                run, wall = prefill(stock, ours, rounds)
+                found[mode, case] = prefill(stock, ours, rounds)
             else:
-                run, wall = decode(stock, ours, int(case.split()[-1]), rounds)
-            named = f"{mode}, {case}"
-            found.rows += rows(SECTION, named, run, peers={OURS: STOCK}) + rows(WALL, named, wall, peers={OURS: STOCK})
-            median, low, high = added(run)
-            for what, value in (("added", median), ("lower end", low), ("upper end", high)):
-                found.facts.append(Fact(SECTION, named, what, value, "%"))
-            print(f"{named}: {median:+.1f} % [{low:.1f}, {high:.1f}], wall {added(wall)[0]:+.1f} %", flush=True)
-            if (mode, case) in WANTED:
-                wanted = WANTED[mode, case]
-                found.targets.append(target(f"{named}: added to a step", wanted, median, low, high))
+                found[mode, case] = decode(stock, ours, int(case.split()[-1]), rounds)
         if mode != "idle":
             statistics = mr.vllm.statistics(ours.llm)
             assert statistics.tokens().sum() > 0  # it did count
     return found
+
+
+def measured_by_processes(folder: str) -> list[Timed]:
+    """``measure`` in one new process after the other."""
+    spawn, found = multiprocessing.get_context("spawn"), []
+    for number in range(PROCESSES):
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            found.append(process.submit(measure, folder, number % 2 == 1).result())
+    return found
+
+
+def summary(found: Sequence[Timed]) -> Measured:
+    """The rows, facts and targets of what all processes measured."""
+    made = Measured()
+    for mode, case in found[0]:
+        named = f"{mode}, {case}"
+        runs, walls = zip(*(one[mode, case] for one in found), strict=True)
+        for section, of_section in ((SECTION, runs), (WALL, walls)):
+            made.rows += rows(section, named, together(of_section), peers={OURS: STOCK})
+        median, low, high = added(runs)
+        for what, value in (("added", median), ("lower end", low), ("upper end", high)):
+            made.facts.append(Fact(SECTION, named, what, value, "%"))
+        print(f"{named}: {median:+.1f} % [{low:.1f}, {high:.1f}], wall {added(walls)[0]:+.1f} %", flush=True)
+        if (mode, case) in WANTED:
+            wanted = WANTED[mode, case]
+            made.targets.append(target(f"{named}: added to a step", wanted, median, low, high))
+    return made
 
 
 def main() -> None:
@@ -223,8 +265,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
-        measured = measure(folder)
-        gc.collect()
+        measured = summary(measured_by_processes(folder))
     about = {**machine("python -m bench.serving"), "vllm": vllm.__version__}
     print(BenchmarkResults(about, measured).save(options.out))
 

@@ -69,6 +69,7 @@ class StepCounts:
         self._sites, self._layers = sites, layers_by_spec(sites)
         self._buffers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of the buffers, as large as the step before
 
     def keep(self, layer: int, logits: Tensor, ids: Tensor, weights: Tensor) -> bool:
         """Copy the choice of a layer aside; False if the step is too large for that."""
@@ -76,11 +77,13 @@ class StepCounts:
         if tokens > _MOST_TOKENS:
             return False
         given = logits, ids, weights
-        buffers = self._buffers.get(layer)
-        if buffers is None:
-            logits, ids, weights = (one.new_empty(_MOST_TOKENS, one.shape[1]) for one in given)
-            buffers = self._buffers[layer] = logits, ids, weights
-        kept = buffers[0][:tokens], buffers[1][:tokens], buffers[2][:tokens]
+        kept = self._views.get(layer)
+        if kept is None or len(kept[0]) != tokens:
+            buffers = self._buffers.get(layer)
+            if buffers is None:
+                logits, ids, weights = (one.new_empty(_MOST_TOKENS, one.shape[1]) for one in given)
+                buffers = self._buffers[layer] = logits, ids, weights
+            kept = self._views[layer] = buffers[0][:tokens], buffers[1][:tokens], buffers[2][:tokens]
         torch._foreach_copy_(kept, given)
         self._kept[layer] = kept
         return True

@@ -60,12 +60,14 @@ class TokenValues:
     def lay_out(self, rows: np.ndarray, batch: Batch) -> None:
         """Make the numbers of a step; ``rows``: int32 [T], the steering rows of its tokens."""
         self.clear()
-        if not np.isin(rows, self._plans.by_token).any():
+        if not len(self._plans.by_token) or not np.isin(rows, self._plans.by_token).any():
             return
         self.numbers.present = True
         positions = positions_of(batch.counts, batch.starts)
         if self._plans.draws:
-            self.numbers.counter = token_counter(upload(torch.from_numpy(positions), self._device), batch.token_ids)
+            self.numbers.counter = token_counter(
+                upload(torch.from_numpy(positions), self._device), batch.token_ids[: len(positions)]
+            )
         if self._plans.sequence_tables:
             places = self._starts(batch)
             self.numbers.entries = upload(entries(torch.from_numpy(places), torch.from_numpy(positions)), self._device)

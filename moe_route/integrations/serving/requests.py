@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from moe_route.calls.call import PHASES
 
-_PROMPT, _GROUP, _SEGMENT, _DONE, _PLAN, _COLUMNS = 0, 1, 2, 3, 4, 5
+_PROMPT, _GROUP, _SEGMENT, _DONE, _PLAN = range(5)
+_UNKNOWN = 0, -1, -1, 0, -1  # of a request that was not told
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class PlanRows:
     def none(cls, plans: int, groups: int) -> PlanRows:
         """No plan steers."""
         return cls(np.full((plans + 1, 2, groups + 1, 1), -1, np.int32))
+
+    @cached_property
+    def steers(self) -> bool:
+        """Whether some token gets a row."""
+        return bool((self.rows >= 0).any())
 
 
 @dataclass(slots=True, eq=False)
@@ -82,8 +89,8 @@ class RequestTable:
         self.ahead = False
         self.tokens_run_again = self.tokens_rejected = self.tokens_lost = self.ungrouped_tokens = 0
         self.laid_out = np.zeros(0, np.int64)
-        self._numbers = np.zeros((max(capacity, 1), _COLUMNS), np.int64)
-        self._free: list[int] = list(range(len(self._numbers) - 1, -1, -1))
+        self._numbers = np.array([_UNKNOWN] * (max(capacity, 1) + 1), np.int64)  # the last row stays
+        self._free: list[int] = list(range(len(self._numbers) - 2, -1, -1))
 
     def begin(
         self,
@@ -98,8 +105,8 @@ class RequestTable:
     ) -> Request:
         """A request that runs for the first time; ``prompt``: its length in tokens; ``plan``: -1 for none."""
         if not self._free:
-            size = len(self._numbers)
-            self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
+            size = len(self._numbers) - 1
+            self._numbers = np.concatenate([self._numbers, [_UNKNOWN] * size])
             self._free = list(range(2 * size - 1, size - 1, -1))
         request = Request(name, item, group, segment, first, self._free.pop(), plan)
         self._numbers[request.slot] = (prompt, group, segment, first, plan)
@@ -159,30 +166,37 @@ class RequestTable:
             starts: position of the first of them.
             tails: how many of the last of them are pending; none by default.
         """
-        slots = np.fromiter((self._slot(name) for name in names), np.int64, len(names))
+        known = map(self.running.get, names)
+        slots = [-1 if request is None else request.slot for request in known]  # -1, the last row: it is unknown
         counts, starts = np.asarray(counts, np.int64), np.asarray(starts, np.int64)
-        total = int(counts.sum())
-        of = np.repeat(np.arange(len(names)), counts)
-        positions = positions_of(counts, starts)
-        numbers = np.where((slots >= 0)[:, None], self._numbers[slots], (0, -1, -1, 0, -1))
-        prompt, group, segment, done, plan = (numbers[of, column] for column in range(_COLUMNS))
+        of_request = self._numbers[slots]
+        if (counts == 1).all():
+            numbers, positions = of_request, starts
+        else:
+            numbers, positions = np.repeat(of_request, counts, axis=0), positions_of(counts, starts)
+        prompt, group, segment, done, plan = numbers.T
         phase = (positions >= prompt).astype(np.int64)
-        place = np.searchsorted(self.plan_rows.bounds, positions, side="right")
-        counted = (positions >= done) & (group >= 0) & (segment >= 0) & self.counts
-        rows = table[:total]
-        rows[:, 0] = self.plan_rows.rows[plan, phase, group + 1, place]
-        rows[:, 1] = np.where(counted, phase * self.group_capacity + group, -1)
-        rows[:, 2] = np.where(counted, phase * self.segment_capacity + segment, -1)
-        rows[:, 3] = 1
-        known = slots >= 0
-        ends = (starts + counts - (0 if tails is None else tails))[known]
+        rows = table[: len(positions)]
+        rows[:, :3], rows[:, 3] = -1, 1
+        if self.plan_rows.steers:
+            place = np.searchsorted(self.plan_rows.bounds, positions, side="right")
+            rows[:, 0] = self.plan_rows.rows[plan, phase, group + 1, place]
+        routed = of_request[:, _DONE]
+        ends = starts + counts if tails is None else starts + counts - tails
         if self.counts:
-            self.tokens_run_again += int((positions < done).sum())
-            of_known = self._numbers[slots[known]]
-            fresh = ends - np.maximum(starts[known], of_known[:, _DONE])
-            self.ungrouped_tokens += int(fresh[(of_known[:, _GROUP] < 0) & (fresh > 0)].sum())
-        self._numbers[slots[known], _DONE] = np.maximum(self._numbers[slots[known], _DONE], ends)
-        return total
+            again = positions < done
+            counted = ~again & (group >= 0) & (segment >= 0)
+            capacities = self.group_capacity, self.segment_capacity
+            tables = phase[:, None] * capacities + numbers[:, _GROUP : _SEGMENT + 1]
+            rows[:, 1:3] = np.where(counted[:, None], tables, -1)
+            self.tokens_run_again += int(np.count_nonzero(again))
+            if of_request[:, _GROUP].min(initial=0) < 0:
+                fresh = ends - np.maximum(starts, routed)
+                ungrouped = (of_request[:, _GROUP] < 0) & (np.asarray(slots) >= 0) & (fresh > 0)
+                self.ungrouped_tokens += int(fresh[ungrouped].sum())
+        self._numbers[slots, _DONE] = np.maximum(routed, ends)
+        self._numbers[-1] = _UNKNOWN
+        return len(positions)
 
     def expect(self, rows: np.ndarray) -> None:
         """Every layer is about to count the tokens of these rows of a token table, int32 [T, 4]."""
@@ -205,5 +219,5 @@ class Batch(NamedTuple):
     names: Sequence[str]
     counts: np.ndarray  # tokens of each
     starts: np.ndarray  # position of the first of them
-    token_ids: Tensor  # int32 [T], of all tokens, on the device
+    token_ids: Tensor  # int32 [T or more], of all tokens, on the device
     drafts: np.ndarray | None = None  # how many of the last tokens of each are drafts; None: there are none

@@ -83,11 +83,10 @@ class Session:
 
     def _make_token_tables(self, device: torch.device) -> None:
         """Token tables of the largest step: their addresses are part of captured graphs."""
-        self._step = torch.full((self._most_tokens, 4), -1, dtype=torch.int32, device=device)
-        self._step[:, 3] = 1
-        self._tokens = self._step.repeat(len(self.sites), 1, 1)
-        self._host = self._step.cpu()
-        self._dirty = self._most_tokens  # rows of the device's table that may hold something
+        self._host = torch.full((self._most_tokens, 4), -1, dtype=torch.int32)
+        self._host[:, 3] = 1
+        self._tokens = self._host.to(device).repeat(len(self.sites), 1, 1)
+        self._dirty = 0  # rows of the device's tables that may hold something
         for site, tokens in zip(self.sites, self._tokens, strict=True):
             site.tokens, site.numbers = tokens, self._values.numbers
 
@@ -268,17 +267,19 @@ class Session:
             self._pending.lay_out(rows[:total], batch, tails)
         if self._requests.counts:
             self._requests.expect(rows[:total])
-        self._host[total : self._dirty, :3] = -1
-        most = max(total, self._dirty)
-        step = self._step[:most]
-        # from memory of its own: under async scheduling the copy of the step before may still be on its way
-        step.copy_(upload(self._host[:most], step.device))
-        self._tokens[:, :most] = step
-        if self._plans.running:
-            self._tokens[:, :most, 0] = self._plans.layer_rows[:, step[:, 0]]
-        self._dirty = total
+        steered = bool((rows[:total, 0] >= 0).any())
+        used = total if steered or (self._requests.counts and (rows[:total, 1] >= 0).any()) else 0
+        rows[used : self._dirty, :3] = -1
+        most = max(used, self._dirty)
+        if most:
+            # from memory of its own: under async scheduling the copy of the step before may still be on its way
+            step = upload(self._host[:most], self._tokens.device)
+            self._tokens[:, :most] = step
+            if steered:
+                self._tokens[:, :most, 0] = self._plans.layer_rows[:, step[:, 0]]
+        self._dirty = used
         self._recording.steps += self._requests.counts
-        operator.set_work(self._work(bool((self._host[:total, 0] >= 0).any()), asked))
+        operator.set_work(self._work(steered, asked))
 
     def _work(self, steered: bool, asked: bool) -> operator.Work:
         """What the operator must do in the step that is laid out.

@@ -273,23 +273,18 @@ def _validate(manager: Any, obj: Any, *args: Any, **given: Any) -> None:
         raise ValueError(wrong)
 
 
-HOOKS: Mapping[str, tuple[str, Callable[..., Any]]] = dict(
-    zip(
-        SEAMS,
-        (
-            ("BEFORE", _choose),
-            ("BEFORE", _precomputed),
-            ("BEFORE", _attach),
-            ("AROUND", _forward),
-            ("AFTER", _add_verbs),
-            ("AFTER", _created),
-            ("BEFORE", _run),
-            ("AFTER", _processed),
-            ("BEFORE", _validate),
-        ),
-        strict=True,
-    )
+_CALLED: tuple[tuple[str, Callable[..., Any]], ...] = (
+    ("BEFORE", _choose),
+    ("BEFORE", _precomputed),
+    ("BEFORE", _attach),
+    ("AROUND", _forward),
+    ("AFTER", _add_verbs),
+    ("AFTER", _created),
+    ("BEFORE", _run),
+    ("AFTER", _processed),
+    ("BEFORE", _validate),
 )
+HOOKS: Mapping[str, tuple[str, Callable[..., Any]]] = dict(zip(SEAMS, _CALLED, strict=True))
 """Where -> when a hook is called, and what."""
 
 

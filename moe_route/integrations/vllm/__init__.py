@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_route.integrations.serving.options import WANTED, EngineNotSupportedError, Options, request_error
-from moe_route.integrations.vllm.options import OFF, PREFIX, VERBS, arguments_of, avoid_monolithic
+from moe_route.integrations.serving.options import WANTED, EngineNotSupportedError, request_error
+from moe_route.integrations.vllm.options import OFF, PREFIX, VERBS, arguments_of, avoid_monolithic, options_of
 from moe_route.integrations.vllm.seams import follow_core, follow_front, follow_scheduler, planned_items, split_weights
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def register() -> None:
     @functools.wraps(load_model)
     def load_and_attach(self: Any, *args: Any, **kwargs: Any) -> Any:
         answer = load_model(self, *args, **kwargs)
-        options = Options.of(self.vllm_config.additional_config)
+        options = options_of(self)
         if options is not None:
             import vllm
 
@@ -132,7 +132,7 @@ def register() -> None:
 
     @functools.wraps(validate)
     def validated(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        options = Options.of(self.vllm_config.additional_config)
+        options = options_of(self)
         wrong = None if options is None else request_error(options, arguments_of(params))
         wrong = wrong or (None if options is None else planned_items(self, options).error(arguments_of(params)))
         if wrong is None and options is not None and arguments_of(params).get(WANTED):
@@ -158,7 +158,7 @@ def _follow_plans(engine: Any, async_engine: Any) -> None:
     collective_rpc, collective_rpc_async = engine.collective_rpc, async_engine.collective_rpc
 
     def passed(self: Any, method: Any, args: Any = (), kwargs: Any = None) -> None:
-        options = Options.of(self.vllm_config.additional_config)
+        options = options_of(self)
         if method == "moe_route_steer" and options is not None:
             planned_items(self.input_processor, options).steered(*args, **(kwargs or {}))
 

@@ -193,6 +193,17 @@ def avoid_monolithic(experts: Any) -> None:
     experts.is_supported_config = staticmethod(is_supported_config)
 
 
+def options_of(owner: Any) -> Options | None:
+    """The options of the engine to which an object of vLLM with a ``vllm_config`` belongs, read once.
+
+    Raises ``EngineNotSupportedError`` as ``Options.of`` does.
+    """
+    if not hasattr(owner, "moe_route_options"):
+        owner.moe_route_options = Options.of(owner.vllm_config.additional_config)
+    options: Options | None = owner.moe_route_options
+    return options
+
+
 def _on() -> bool:
     """Whether the engine whose model is being made has moe-route."""
     from vllm.config import get_current_vllm_config_or_none

@@ -42,8 +42,7 @@ class V1:
         names = list(rows.req_ids)
         counts = np.array([scheduled.num_scheduled_tokens[name] for name in names], np.int64)
         starts = np.asarray(rows.num_computed_tokens_cpu[: len(names)], np.int64)
-        token_ids = self._runner.input_ids.gpu[: counts.sum()]
-        return Batch(names, counts, starts, token_ids, _drafts(scheduled, names))
+        return Batch(names, counts, starts, self._runner.input_ids.gpu, _drafts(scheduled, names))
 
     def token_ids(self, name: str, end: int) -> np.ndarray | None:
         state = self._runner.requests.get(name)
@@ -66,7 +65,7 @@ class V2:
             list(prepared.req_ids),
             np.asarray(prepared.num_scheduled_tokens[:count], np.int64),
             np.asarray(prepared.num_computed_tokens_np[:count], np.int64),
-            prepared.input_ids[: prepared.num_scheduled_tokens[:count].sum()],
+            prepared.input_ids,
             _drafts(scheduled, prepared.req_ids),
         )
 

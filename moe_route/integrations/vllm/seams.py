@@ -10,7 +10,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from moe_route.integrations.serving.options import Options
-from moe_route.integrations.vllm.options import LEFT, OFF, PATIENCE, PREFIX
+from moe_route.integrations.vllm.options import LEFT, OFF, PATIENCE, PREFIX, options_of
 
 if TYPE_CHECKING:
     from moe_route.integrations.serving.plans import PlannedItems
@@ -26,7 +26,7 @@ def follow_core(core: Any, process: Any) -> None:
 
     def books_of(self: Any) -> Books | None:
         if not hasattr(self, "moe_route_books"):
-            options = Options.of(self.vllm_config.additional_config)
+            options = options_of(self)
             self.moe_route_books = None
             if options is not None:
                 from moe_route.integrations.vllm.books import Books
@@ -105,7 +105,7 @@ def follow_scheduler(scheduler: Any) -> None:
 
     @functools.wraps(schedule)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if Options.of(self.vllm_config.additional_config) is None:
+        if options_of(self) is None:
             return schedule(self, *args, **kwargs)
         from moe_route.integrations.vllm.texts import ABORTED, aborted_of, texts_of
 
@@ -123,7 +123,7 @@ def follow_scheduler(scheduler: Any) -> None:
     def finished(self: Any, request_ids: Any, finished_status: Any) -> Any:
         if request_ids is not None and not isinstance(request_ids, str):
             request_ids = list(request_ids)
-        if Options.of(self.vllm_config.additional_config) is not None and finished_status.name == "FINISHED_ABORTED":
+        if options_of(self) is not None and finished_status.name == "FINISHED_ABORTED":
             from moe_route.integrations.vllm.texts import note_aborted
 
             names = [request_ids] if isinstance(request_ids, str) else request_ids
@@ -144,12 +144,12 @@ def follow_front(engine: Any, async_engine: Any, output_processor: Any, manager:
 
     @functools.wraps(abort)
     def aborted(self: Any, request_ids: Any, internal: bool = False) -> Any:
-        self.output_processor.moe_route_marks = Options.of(self.vllm_config.additional_config) is not None
+        self.output_processor.moe_route_marks = options_of(self) is not None
         return abort(self, request_ids, internal)
 
     @functools.wraps(abort_async)
     async def aborted_async(self: Any, request_id: Any, internal: bool = False) -> Any:
-        self.output_processor.moe_route_marks = Options.of(self.vllm_config.additional_config) is not None
+        self.output_processor.moe_route_marks = options_of(self) is not None
         return await abort_async(self, request_id, internal)
 
     @functools.wraps(ids_of)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_route.contract.spec import RouterSpec
-from moe_route.integrations.serving import sites
+from moe_route.integrations.serving import operator, sites
 from moe_route.integrations.serving.options import EngineNotSupportedError
 from moe_route.integrations.serving.sites import Site, Stage, transformers_name
 from moe_route.integrations.vllm.options import find
@@ -119,17 +119,22 @@ def check(site: Site) -> None:
     sites.check(site, lambda logits: runner.router._compute_routing(hidden, logits, None), type(runner.router).__name__)
 
 
-def hook(site: Site, index: int) -> None:
-    """Put the operator behind the router's own choice. torch.compile traces it; ``vllm::moe_forward`` runs it."""
+def hook(site: Site, index: int, *, eager: bool) -> None:
+    """Put the operator behind the router's own choice. torch.compile traces it; ``vllm::moe_forward`` runs it.
+
+    ``eager``: nothing is compiled, so that its function is called without a dispatcher.
+    """
     router = site.module.router
     natural = router._compute_routing
+    reroute = operator.reroute if eager else torch.ops.moe_route_serving.reroute
 
     def compute_routing(
         hidden_states: Tensor, router_logits: Tensor, indices_type: Any = None, *, input_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         weights, ids = natural(hidden_states, router_logits, indices_type, input_ids=input_ids)
-        weights, ids = weights.contiguous(), ids.contiguous()
-        torch.ops.moe_route_serving.reroute(router_logits, weights, ids, index)
+        if not eager:
+            weights, ids = weights.contiguous(), ids.contiguous()
+        reroute(router_logits, weights, ids, index)
         return weights, ids
 
     router._compute_routing = compute_routing

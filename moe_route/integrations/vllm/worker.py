@@ -57,7 +57,7 @@ class WorkerSession(Session):
             ahead=ahead,
         )
         for index, site in enumerate(self.sites):
-            hook(site, index)
+            hook(site, index, eager=bool(model.enforce_eager))
         runners.follow(runner, view, before=self._before, laid_out=self.laid_out, after=self.after, dummy=self.dummy)
         self.begin_options()
         own = self._config.parallel_config.distributed_executor_backend == "mp"

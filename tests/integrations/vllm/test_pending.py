@@ -186,11 +186,11 @@ def test_a_captured_graph_keeps_the_choices_of_every_step(monkeypatch: pytest.Mo
         given = [tuple(to_device(torch.zeros(9, *one.shape[1:], dtype=one.dtype), "cuda:0") for one in layer)
                  for layer in choices(9, 0)]  # padded, as graphs are  # fmt: skip
         for layer, choice in enumerate(given):  # as vLLM runs once to see what memory is needed
-            operator._reroute(*choice, layer)
+            operator.reroute(*choice, layer)
         graph = StandInGraph()
         with graph.capture():
             for layer, choice in enumerate(given):
-                operator._reroute(*choice, layer)
+                operator.reroute(*choice, layer)
         for number, (laid_out, known, _) in enumerate(steps):
             total = found.lay_out(laid_out)
             for layer, choice in enumerate(choices(total, 10 + number)):

@@ -79,7 +79,7 @@ def test_a_step_is_followed_in_order(kind: type[RunnerV1]) -> None:
     assert list(batches[0].names) == ["b", "a"]
     assert batches[0].counts.tolist() == [1, 2]
     assert batches[0].starts.tolist() == [3, 0]
-    assert batches[0].token_ids.tolist() == [8, 5, 6]
+    assert batches[0].token_ids[:3].tolist() == [8, 5, 6]
     log.clear()
     assert runner._dummy_run(4) == 4
     runner.execute_model(SCHEDULED, dummy_run=True)

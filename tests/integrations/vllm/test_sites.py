@@ -124,7 +124,8 @@ def test_a_router_that_does_something_else_is_refused(routes_as: RouterSpec, wor
         sites.check(site)
 
 
-def test_the_operator_is_switched_by_the_tables_alone() -> None:
+@pytest.mark.parametrize("eager", [True, False])
+def test_the_operator_is_switched_by_the_tables_alone(eager: bool) -> None:
     """As a replayed graph has it: the call stays the same, the contents of the tables change."""
     from moe_route.contract.tables import StatisticsTables, SteeringTables
 
@@ -134,7 +135,7 @@ def test_the_operator_is_switched_by_the_tables_alone() -> None:
     site.steering = operator.neutral_tables(3, EXPERTS, torch.device("cpu"))
     site.statistics = StatisticsTables.zeros(EXPERTS, groups=2, metrics=("counts",), entropy=True, device="cpu")
     operator.connect([site])
-    sites.hook(site, 0)
+    sites.hook(site, 0, eager=eager)
     logits = torch.randn(4, EXPERTS, generator=torch.Generator().manual_seed(1))
     natural = ops.route(logits, TOP_K, site.spec)
 
@@ -158,7 +159,8 @@ def test_the_operator_is_switched_by_the_tables_alone() -> None:
     assert site.statistics.scalar("steered").tolist() == [0, 2]
 
 
-def test_an_empty_slot_has_expert_0_with_weight_zero() -> None:
+@pytest.mark.parametrize("eager", [True, False])
+def test_an_empty_slot_has_expert_0_with_weight_zero(eager: bool) -> None:
     """Kernels need an id in every slot."""
     from moe_route.contract.tables import SteeringTables
 
@@ -168,8 +170,32 @@ def test_an_empty_slot_has_expert_0_with_weight_zero() -> None:
     site.steering = operator.neutral_tables(1, EXPERTS, torch.device("cpu"))
     operator.copy_plan(site.steering, 0, SteeringTables(1, EXPERTS, top_k=1))
     operator.connect([site])
-    sites.hook(site, 0)
+    sites.hook(site, 0, eager=eager)
     logits = torch.arange(float(EXPERTS))[None]
     weights, ids = router._compute_routing(torch.zeros(1, 4), logits)
     assert ids.tolist() == [[EXPERTS - 1, 0]]
     assert weights.tolist() == [[1.0, 0.0]]
+
+
+@pytest.mark.parametrize(("ids", "weights"), [(torch.int32, torch.float32), (torch.int64, torch.bfloat16)])
+def test_a_choice_of_any_dtype_is_changed_in_place(ids: torch.dtype, weights: torch.dtype) -> None:
+    """Columns of fused shared experts stand behind the chosen ones, and stay."""
+    from moe_route.contract.tables import SteeringTables
+
+    (site,) = sites.find_sites(MoERunner(FusedTopKRouter()), "qwen3_moe")
+    site.tokens = torch.tensor([[0, -1, -1, 1], [-1, -1, -1, 1]], dtype=torch.int32)
+    site.steering = operator.neutral_tables(1, EXPERTS, torch.device("cpu"))
+    plan = SteeringTables(1, EXPERTS, force=torch.tensor([[0, 0, 0, 0, 0, 0, 0, -4]]))
+    operator.copy_plan(site.steering, 0, plan)
+    operator.connect([site])
+    logits = torch.arange(float(EXPERTS)).repeat(2, 1)
+    own_weights, own_ids = (
+        one.to(to) for one, to in zip(ops.route(logits, TOP_K, site.spec), (weights, ids), strict=True)
+    )
+    shared = torch.full((2, 1), 9)
+    given_weights, given_ids = torch.hstack([own_weights, shared.to(weights)]), torch.hstack([own_ids, shared.to(ids)])
+    operator.reroute(logits, given_weights, given_ids, 0)
+    steered = ops.route(logits, TOP_K, site.spec, steering=plan, tokens=site.tokens[:, :4])
+    assert given_ids.tolist() == [[*steered[1][0].tolist(), 9], [*own_ids[1].tolist(), 9]]
+    assert given_weights[0, :-1].equal(steered[0][0].to(weights))
+    assert given_weights[1].tolist() == [*own_weights[1].tolist(), 9]
