@@ -12,7 +12,7 @@ checked whenever they are counted. Tensors of inference mode have no version cou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
@@ -38,9 +38,7 @@ class Counted(Protocol):
     spec: RouterSpec
     statistics: StatisticsTables | None
     cohort: int  # routers with equal numbers are counted together
-
-    def parts(self, output: Output) -> tuple[Tensor, Tensor, Tensor]:
-        """Router logits, weights and ids of an output."""
+    parts: Callable[[Output], tuple[Tensor, ...]]  # router logits, weights and ids of an output
 
     def may_defer(self, keeps_output: bool) -> None:
         """Called once it is known whether the router's outputs may be kept."""
@@ -172,10 +170,11 @@ class DeferredCounts:
             for engine, output, before in kept:
                 if before is not None and versions(output) != before:
                     _refuse_changed(engine, calls)
-                if engine not in waiting:
-                    waiting[engine] = Waiting([], [])
-                waiting[engine].calls.append(number)
-                waiting[engine].decisions.append(engine.parts(output))
+                one = waiting.get(engine)
+                if one is None:
+                    one = waiting[engine] = Waiting([], [])
+                one.calls.append(number)
+                one.decisions.append(engine.parts(output))
         alike: dict[tuple[int, ...], list[Counted]] = {}
         for engine, (numbers, _) in waiting.items():
             alike.setdefault((engine.cohort, *numbers), []).append(engine)

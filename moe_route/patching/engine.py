@@ -241,12 +241,14 @@ class HookEngine(Engine):
 
     `keeps_output`: whether the model leaves the router's output unchanged (None: not known yet).
     `defers`: whether the hook only keeps the output of a small call, which is counted after the call.
+    `parts`: reads router logits [T, E], weights [T, k] and ids [T, k] from the router's output.
     """
 
     def __init__(self, router: RouterInfo, context: RunningCall) -> None:
         super().__init__(router, context)
         self.keeps_output: bool | None = None if self.adapter.output_is_complete and not self.adapter.patches else False
         self.defers = False
+        self.parts = self.adapter.parts()
 
     def configure(
         self,
@@ -270,10 +272,6 @@ class HookEngine(Engine):
     def changes(self) -> Sequence[Change]:
         """The hook, as the router's adapter installs it."""
         return self.adapter.changes(self.hook)
-
-    def parts(self, output: Output) -> Decision:
-        """Read router logits [T, E], weights [T, k] and ids [T, k] from the router's output."""
-        return self.adapter.read((), output)
 
     def hook(self, module: nn.Module, args: tuple[object, ...], output: Output) -> Output | None:
         """Count the router's output; return a new output only if some token is steered."""
