@@ -83,11 +83,7 @@ def copy_plan(target: SteeringTables, first: int, plan: SteeringTables) -> None:
 
 
 def reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> None:
-    """Steer and count the choice of a router, in place: what the operator does.
-
-    The operator's dispatcher takes 10 us a layer, half of what a step of one sequence pays: where nothing traces a
-    model, its routers call this function.
-    """
+    """Steer and count the choice of a router, in place. Where nothing is traced, this saves 10 us of dispatcher."""
     site = _sites[site_index]
     site.reached += 1
     if _work is Work.NOTHING:

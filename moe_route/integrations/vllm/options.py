@@ -194,10 +194,7 @@ def avoid_monolithic(experts: Any) -> None:
 
 
 def options_of(owner: Any) -> Options | None:
-    """The options of the engine to which an object of vLLM with a ``vllm_config`` belongs, read once.
-
-    Raises ``EngineNotSupportedError`` as ``Options.of`` does.
-    """
+    """``Options.of`` the engine to which an object of vLLM with a ``vllm_config`` belongs, read once."""
     if not hasattr(owner, "moe_route_options"):
         owner.moe_route_options = Options.of(owner.vllm_config.additional_config)
     options: Options | None = owner.moe_route_options
