@@ -98,7 +98,8 @@ def reroute(logits: Tensor, weights: Tensor, ids: Tensor, site_index: int) -> No
     tokens = logits.shape[0]
     if len(site.rows) != tokens:
         site.rows = site.tokens[:tokens]
-    new_weights, new_ids = site.route(logits, ids, weights, site.rows, site.numbers)
+    own = ids.to(torch.int32), weights.to(torch.float32)  # kernels of an engine may want ids as uint32
+    new_weights, new_ids = site.route(logits, *own, site.rows, site.numbers)
     if site.traced is not None:
         for kept, new in zip(site.traced, (new_ids, new_weights), strict=True):
             kept[:tokens].copy_(new)

@@ -76,22 +76,19 @@ class Site:
         tokens: Tensor,
         numbers: TokenNumbers,
     ) -> tuple[Tensor, Tensor]:
-        """Steer and count the router's own choice, ids and weights [T, k]; returns weights float32 and ids int32.
+        """Steer and count the router's own choice, ids int32 and weights float32 [T, k]; returns weights and ids.
 
         ``tokens``: int32 [T, 4], the token table of this layer. ``numbers``: of these tokens.
         """
+        given: dict[str, Any] = {
+            "correction_bias": self.correction_bias,
+            "tokens": tokens,
+            "choice": ids,
+            "choice_weights": weights,
+            "statistics": self.statistics,
+        }
         if self.by_token is None or not numbers.present:
-            return ops.route(
-                logits,
-                self.top_k,
-                self.spec,
-                correction_bias=self.correction_bias,
-                steering=self.steering,
-                tokens=tokens,
-                choice=ids,
-                choice_weights=weights,
-                statistics=self.statistics,
-            )
+            return ops.route(logits, self.top_k, self.spec, steering=self.steering, **given)
         new_weights, new_ids, _ = route_tokens(
             self.by_token,
             logits,
@@ -99,11 +96,7 @@ class Site:
             self.spec,
             counter=numbers.counter,
             entries=numbers.entries,
-            correction_bias=self.correction_bias,
-            tokens=tokens,
-            choice=ids.to(torch.int32),
-            choice_weights=weights.to(torch.float32),
-            statistics=self.statistics,
+            **given,
         )
         return new_weights, new_ids
 
