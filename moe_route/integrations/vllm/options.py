@@ -49,6 +49,7 @@ SEAMS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "vllm.v1.engine.core:EngineCore.post_step": ("post_step", ("model_executed",)),
         "vllm.v1.engine.core:EngineCore.shutdown": ("shutdown", ()),
         "vllm.v1.engine.core:EngineCoreProc._handle_client_request": ("_handle_client_request", ("request_type",)),
+        "vllm.v1.engine.core:EngineCoreProc._handle_shutdown": ("_handle_shutdown", ()),
         "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter.set_capture_fn": (
             "set_capture_fn",
             ("capture_fn",),

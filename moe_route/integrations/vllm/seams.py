@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def follow_core(core: Any, process: Any) -> None:
     """Wrap the methods of vLLM's engine core: its verbs, its requests, its steps, its beginning and its end."""
     add_request, collective_rpc, shutdown = core.add_request, core.collective_rpc, core.shutdown
-    post_step, initialize, handle = core.post_step, core._initialize_kv_caches, process._handle_client_request
+    post_step, initialize = core.post_step, core._initialize_kv_caches
+    handle, runs_on = process._handle_client_request, process._handle_shutdown
 
     def books_of(self: Any) -> Books | None:
         if not hasattr(self, "moe_route_books"):
@@ -38,15 +39,13 @@ def follow_core(core: Any, process: Any) -> None:
     @functools.wraps(initialize)
     def initialized(self: Any, *args: Any, **kwargs: Any) -> Any:
         made = initialize(self, *args, **kwargs)
-        books = books_of(self)
-        if books is not None:
+        if (books := books_of(self)) is not None:
             books.open()
         return made
 
     @functools.wraps(add_request)
     def salted(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        books = books_of(self)
-        if books is not None:
+        if (books := books_of(self)) is not None:
             books.arrived(request)
         return add_request(self, request, *args, **kwargs)
 
@@ -61,8 +60,7 @@ def follow_core(core: Any, process: Any) -> None:
         @functools.wraps(step)
         def answered(self: Any) -> Any:
             outputs, ran = step(self)
-            books = books_of(self)
-            if books is not None:
+            if (books := books_of(self)) is not None:
                 books.answered(outputs)
             return outputs, ran
 
@@ -71,23 +69,30 @@ def follow_core(core: Any, process: Any) -> None:
     @functools.wraps(post_step)
     def stepped(self: Any, model_executed: bool) -> None:
         post_step(self, model_executed)
-        books = books_of(self)
-        if books is not None:
+        if (books := books_of(self)) is not None:
             books.stepped(ran=model_executed)
 
     @functools.wraps(handle)
     def handled(self: Any, request_type: Any, request: Any) -> Any:
-        books = books_of(self)
-        if books is not None:
+        if (books := books_of(self)) is not None:
             books.stepped(ran=False)
         return handle(self, request_type, request)
 
+    @functools.wraps(runs_on)
+    def ending(self: Any) -> bool:
+        runs: bool = runs_on(self)
+        if not runs:  # shutdown() is late: vLLM has given up its handlers then, and one more signal ends the process
+            close(self)
+        return runs
+
     @functools.wraps(shutdown)
     def ended(self: Any) -> None:
-        books = books_of(self)
-        if books is not None:
-            books.close()
+        close(self)
         shutdown(self)
+
+    def close(self: Any) -> None:
+        if (books := books_of(self)) is not None:
+            books.close()
 
     def answered(self: Any, verb: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         books = books_of(self)
@@ -95,8 +100,8 @@ def follow_core(core: Any, process: Any) -> None:
 
     core.add_request, core.collective_rpc, core.shutdown = salted, called, ended
     core.step, core.step_with_batch_queue = answering(core.step), answering(core.step_with_batch_queue)
-    core.post_step, core._initialize_kv_caches, process._handle_client_request = stepped, initialized, handled
-    core.moe_route_answer = answered
+    core.post_step, core._initialize_kv_caches, core.moe_route_answer = stepped, initialized, answered
+    process._handle_client_request, process._handle_shutdown = handled, ending
 
 
 def follow_scheduler(scheduler: Any) -> None:
