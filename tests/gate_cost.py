@@ -26,8 +26,9 @@ CEILINGS = {
     "128 8 256 float32 statistics": 2_400,
     "128 8 256 float32 steering": 1_800,
     "256 8 256 float32 counts": 1_370,
-    "512 10 256 float32 counts": 3_000,
-    "896 16 256 float32 biased": 12_550,
+    "512 10 256 float32 counts": 2_800,
+    "256 8 256 float32 biased": 3_000,
+    "896 16 256 float32 biased": 9_750,
 }
 """Experts, k, rows of the call, dtype, and what is asked for -> instructions a row."""
 

@@ -181,12 +181,14 @@ class RowGate {
     for (const Token& token : tokens) counted |= tally_.counts(token.group, token.segment);
     const bool weighs = args_.weights || (counted && weights_counted_);
     const bool by_score = compares_scores(nullptr);
+    const bool scored = wants_scores(counted && scores_counted_, by_score, weighs && softmax_over_all_);
     RowScores<T> scores[kLanes];
-    if ((counted && scores_counted_) || by_score || (weighs && softmax_over_all_)) score_plain(z, scores);
+    if (scored) score_plain(z, scores);
     const T *values[kLanes], *listable[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       const Workspace<F>& work = block_rows_[i].work;
-      values[i] = listable[i] = selection_values(work, nullptr, z[i], scores[i], by_score);
+      values[i] = listable[i] =
+          selection_values(work, nullptr, z[i], scored ? &scores[i] : nullptr, by_score);
       if (forced) listable[i] = free_values(work, *steering, values[i], args_.experts);
       bounds_.take(i, listable[i], vectors_);
     }
@@ -332,7 +334,7 @@ class RowGate {
     row.steered = row.steering && row.steering->moves_logits;
     row.by_score = compares_scores(row.steering);
     const bool softmax_weights = row.to_weigh && softmax_over_all(row.steering);
-    row.scored = row.scores_counted || (row.by_score && !row.given) || softmax_weights;
+    row.scored = wants_scores(row.scores_counted, row.by_score && !row.given, softmax_weights);
     row.raw = row.z = load(row.work, t);
     if (row.steered) row.raw = forbid(row.work, *row.steering, row.raw, args_.experts);
   }
@@ -400,7 +402,8 @@ class RowGate {
 
   void find_values(Row<F>& row) {
     if (row.given) return;
-    row.values = row.listable = selection_values(row.work, row.steering, row.z, row.scores, row.by_score);
+    row.values = row.listable =
+        selection_values(row.work, row.steering, row.z, row.scored ? &row.scores : nullptr, row.by_score);
     if (row.steering && row.steering->force) leave_forced_out(row);
   }
 
@@ -638,24 +641,44 @@ class RowGate {
     return args_.spec.score == Score::kSoftmax && !softmax_over_chosen(args_.spec, steering);
   }
 
+  // Are the scores of all experts to be kept? For comparing them it takes the row's total, or they are not.
+  bool wants_scores(bool counted, bool by_score, bool softmax_weights) const {
+    return counted || softmax_weights || (by_score && is_softmax(args_.spec.score));
+  }
+
+  // scores: those that are kept, or null.
   const T* selection_values(const Workspace<F>& work, const SteeringRow<F>* steering, const T* z,
-                            const RowScores<T>& scores, bool by_score) const {
+                            const RowScores<T>* scores, bool by_score) const {
     const float* score_bias = steering ? steering->score_bias : nullptr;
+    if (!args_.correction_bias && !score_bias && args_.spec.groups == 1) return z;
+    const Score score = args_.spec.score;
+    const auto fill = [&](auto value) { fill_values(work, score_bias, z, value); };
+    if (by_score && scores) {
+      const F factor(scores->factor);
+      fill([&](F x, int e) { return select(x == x, F::load(work.score + e) * factor, x); });
+    } else if (by_score && score == Score::kSigmoid) {
+      fill([](F x, int) { return select(x == x, sigmoid(x), x); });
+    } else if (by_score && score == Score::kSqrtSoftplus) {
+      fill([](F x, int) { return select(x == x, sqrt_softplus(x), x); });
+    } else {
+      fill([](F x, int) { return x; });
+    }
+    if (args_.spec.groups > 1) {
+      limit_groups(work, args_.spec, work.value, args_.experts);
+    }
+    return work.value;
+  }
+
+  template <class Value>
+  void fill_values(const Workspace<F>& work, const float* score_bias, const T* z, Value value) const {
     const float* correction = args_.correction_bias;
-    if (!correction && !score_bias && args_.spec.groups == 1) return z;
     const int experts = args_.experts;
-    const F factor(scores.factor);
     for (int e = 0; e < experts; e += kLanes) {
-      const F x = F::load(z + e);
-      F v = by_score ? select(x == x, F::load(work.score + e) * factor, x) : x;
+      F v = value(F::load(z + e), e);
       if (correction) v = v + load_vector<F>(correction, e, experts);
       if (score_bias) v = v + load_vector<F>(score_bias, e, experts);
       v.store(work.value + e);
     }
-    if (args_.spec.groups > 1) {
-      limit_groups(work, args_.spec, work.value, experts);
-    }
-    return work.value;
   }
 
   // ---- remap, outputs, natural choice -----------------------------------------------------------
@@ -716,10 +739,10 @@ class RowGate {
   void choose_unsteered(Row<F>& row, Choice<F>& natural) {
     tally_.add_scores();  // it reads the workspace
     const T* raw = load(row.work, row.t);
+    const bool by_score = compares_scores(nullptr), scored = wants_scores(false, by_score, false);
     RowScores<T> scores;
-    if (compares_scores(nullptr))
-      scores = score_all<F>(row.work, args_.spec.score, raw, args_.experts, false);
-    const T* values = selection_values(row.work, nullptr, raw, scores, compares_scores(nullptr));
+    if (scored) scores = score_all<F>(row.work, args_.spec.score, raw, args_.experts, false);
+    const T* values = selection_values(row.work, nullptr, raw, scored ? &scores : nullptr, by_score);
     const int listed = shortlist<F>(row.work, values, vectors_, lower_bound<F>(values, vectors_, args_.k));
     finish_choice(row.work, values, nullptr, args_.k, listed, nullptr, natural);
   }

@@ -96,49 +96,54 @@ inline int shortlist(const Workspace<F>& w, const typename F::Scalar* values, in
   return count;
 }
 
-// Row j: -1 in the lanes before j, else 0. "i beats j" is key[i] > key[j] for a later i, >= for an earlier
-// one, that is key[i] > key[j] + kEarlier[j][i]: one comparison for value and tie rule.
+// Lanes j to 15 hold 1, those before 0.
 template <class Key>
-struct EarlierLanes {
-  alignas(64) Key lanes[kLanes][kLanes];
-  constexpr EarlierLanes() : lanes() {
-    for (int j = 0; j < kLanes; ++j) {
-      for (int i = 0; i < j; ++i) lanes[j][i] = -1;
-    }
+struct LanesFrom {
+  alignas(64) Key lanes[2 * kLanes];
+  constexpr LanesFrom() : lanes() {
+    for (int i = kLanes; i < 2 * kLanes; ++i) lanes[i] = 1;
   }
 };
-template <class Key>
-constexpr EarlierLanes<Key> kEarlier{};
+template <class F>
+inline typename F::Int lanes_from(int j) {
+  static constexpr LanesFrom<decltype(as_int(typename F::Scalar()))> kLanesFrom{};
+  return F::Int::load(kLanesFrom.lanes + kLanes - j);
+}
 
-// ids[r] = the candidate that exactly r others beat; candidates of equal value stand in rising index. At most
-// 16 of them: the rest of the vector is -infinity, later than any candidate, so all ranks differ.
+// ids[r] = the candidate that exactly r others beat; candidates of equal value stand in rising index. "i beats j" is
+// key[i] > key[j] for a later i, >= for an earlier one, that is key[i] > key[j] - 1: one comparison for value and tie
+// rule. At most 16 of them: the rest of the vector is -infinity, later than any candidate, so all ranks differ.
 template <class F>
 inline void rank_short(const Workspace<F>& w, int count, int32_t* ids) {
   using Int = typename F::Int;
   using Key = decltype(as_int(typename F::Scalar()));
   const Int all = order_keys(F::load(w.candidate));
-  alignas(64) Key keys[kLanes];
-  all.store(keys);
+  alignas(64) Key lower[kLanes];
+  add(all, Int(Key(-1))).store(lower);
   for (int first = 0; first < count; first += 4) {
 #pragma GCC unroll 4
-    for (int j = first; j < first + 4; ++j) {
-      const Int own = add(Int(keys[j]), Int::load(kEarlier<Key>.lanes[j]));
-      ids[__builtin_popcount(bits(all > own))] = w.candidate_id[j];
-    }
+    for (int j = first; j < first + 4; ++j)
+      ids[__builtin_popcount(bits(all > add(Int(lower[j]), lanes_from<F>(j))))] = w.candidate_id[j];
   }
 }
 
+// The same for any number: a vector of candidates at a time counts who beats its lanes.
 template <class F>
 inline void rank_long(const Workspace<F>& w, int count, int32_t* ids) {
-  for (int j = 0; j < count; ++j) {
-    const F own(w.candidate[j]);
-    int beaten_by = 0;
-    for (int b = 0; b < count; b += kLanes) {
-      const F others = F::load(w.candidate + b);
-      const uint32_t earlier = j - b >= kLanes ? 0xffffu : j > b ? (1u << (j - b)) - 1 : 0u;
-      beaten_by += __builtin_popcount(bits(others > own) | (bits(others == own) & earlier));
-    }
-    ids[beaten_by] = w.candidate_id[j];
+  using Int = typename F::Int;
+  using Key = decltype(as_int(typename F::Scalar()));
+  alignas(64) Key keys[kMaxCandidates + kLanes], beaten[kLanes];
+  for (int j = 0; j < count; j += kLanes) order_keys(F::load(w.candidate + j)).store(keys + j);
+  for (int first = 0; first < count; first += kLanes) {
+    const Int own = Int::load(keys + first), lower = add(own, Int(Key(-1)));
+    const int after = count - first < kLanes ? count : first + kLanes;
+    Int by(Key(0));
+    for (int j = 0; j < first; ++j) by = count_where(by, Int(keys[j]) > lower);
+    for (int j = first; j < after; ++j)
+      by = count_where(by, add(Int(keys[j]), lanes_from<F>(j - first + 1)) > own);
+    for (int j = after; j < count; ++j) by = count_where(by, Int(keys[j]) > own);
+    by.store(beaten);
+    for (int j = first; j < after; ++j) ids[beaten[j - first]] = w.candidate_id[j];
   }
 }
 
