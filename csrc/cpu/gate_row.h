@@ -641,7 +641,8 @@ class RowGate {
     return args_.spec.score == Score::kSoftmax && !softmax_over_chosen(args_.spec, steering);
   }
 
-  // Are the scores of all experts to be kept? For comparing them it takes the row's total, or they are not.
+  // Are the scores of all experts to be kept? Scores that are only compared are computed by selection_values(), but for
+  // softmax, which needs the total of the row first.
   bool wants_scores(bool counted, bool by_score, bool softmax_weights) const {
     return counted || softmax_weights || (by_score && is_softmax(args_.spec.score));
   }

@@ -127,7 +127,8 @@ inline void rank_short(const Workspace<F>& w, int count, int32_t* ids) {
   }
 }
 
-// The same for any number: a vector of candidates at a time counts who beats its lanes.
+// The same for any number. For one vector of candidates after the other, counts in every lane how many beat it: of
+// those before the vector an equal one does, of those after it only a larger one, and inside it the rule is as above.
 template <class F>
 inline void rank_long(const Workspace<F>& w, int count, int32_t* ids) {
   using Int = typename F::Int;
